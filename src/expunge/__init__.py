@@ -1,0 +1,106 @@
+"""Secure machine unlearning for PyTorch models.
+
+records = expunge.load_records("customers.csv", id="customer_id", owner="customer_id", label="churned")
+recipe = expunge.Recipe(model="mlp", epochs=20)
+trained = expunge.train(recipe, records, shards=20)
+gone = expunge.Sisa()(trained, records, expunge.Request.remove_owner("c-1042"), rng=expunge.generator(0))
+print(gone)
+"""
+
+from expunge._version import __version__
+from expunge.audit import Row, Table, measure
+from expunge.core.claim import Claim, Constant, Guarantee
+from expunge.core.coins import child, generator
+from expunge.core.errors import (
+    BadRecipe,
+    BadRecords,
+    CodeNotAllowed,
+    Corrupt,
+    EmptyRetain,
+    ExpungeError,
+    Impossible,
+    Misuse,
+    NeverTrained,
+    NothingChanged,
+    Stopped,
+    UnknownRecord,
+    UnreadableFile,
+    Unsupported,
+)
+from expunge.core.estimate import Estimate
+from expunge.core.protocols import Cost, Need, Unlearned
+from expunge.core.recipe import Recipe, Sharding
+from expunge.core.records import Records
+from expunge.core.request import Request
+from expunge.core.store import Artefact, Store
+from expunge.core.trained import Trained, TrainingLog
+from expunge.learn.build import allow_code
+from expunge.learn.loop import Keep
+from expunge.learn.many import train_many
+from expunge.learn.shards import ShardSizes, ShardWarning, shard_sizes
+from expunge.learn.training import adopt, load, train
+from expunge.unlearn import (
+    FineTune,
+    GradientAscent,
+    Method,
+    NegGradPlus,
+    RandomLabels,
+    Retrain,
+    RetrainBriefly,
+    Sisa,
+)
+
+__all__ = [
+    "Artefact",
+    "BadRecipe",
+    "BadRecords",
+    "Claim",
+    "CodeNotAllowed",
+    "Constant",
+    "Corrupt",
+    "Cost",
+    "EmptyRetain",
+    "Estimate",
+    "ExpungeError",
+    "FineTune",
+    "GradientAscent",
+    "Guarantee",
+    "Impossible",
+    "Keep",
+    "Method",
+    "Misuse",
+    "Need",
+    "NegGradPlus",
+    "NeverTrained",
+    "NothingChanged",
+    "RandomLabels",
+    "Recipe",
+    "Records",
+    "Request",
+    "Retrain",
+    "RetrainBriefly",
+    "Row",
+    "ShardSizes",
+    "ShardWarning",
+    "Sharding",
+    "Sisa",
+    "Stopped",
+    "Store",
+    "Table",
+    "Trained",
+    "TrainingLog",
+    "UnknownRecord",
+    "Unlearned",
+    "UnreadableFile",
+    "Unsupported",
+    "__version__",
+    "adopt",
+    "allow_code",
+    "child",
+    "generator",
+    "load",
+    "measure",
+    "shard_sizes",
+    "train",
+    "train_many",
+]

@@ -1,0 +1,5 @@
+"""Membership attacks, audits and the field's table."""
+
+from expunge.audit.metrics import Row, Table, accuracy, auc, measure, summarise, threshold_attack
+
+__all__ = ["Row", "Table", "accuracy", "auc", "measure", "summarise", "threshold_attack"]

@@ -1,0 +1,1 @@
+"""The nouns that every room shares, and the protocols between rooms. Imports no other room."""

@@ -1,0 +1,183 @@
+"""What somebody asks to have removed or replaced."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expunge.core.errors import EmptyRetain, Misuse, NeverTrained, UnknownRecord
+from expunge.core.records import Records
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Split:
+    """A request applied to the rows that a model stands on.
+
+    Attributes:
+        forget: the rows to remove.
+        retain: the rows to stand on afterwards, replacements included.
+        already: how many of the requested rows were gone before.
+        added: the replacements' ids.
+    """
+
+    forget: Records
+    retain: Records
+    already: int
+    added: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """A request to remove or replace rows. Make one with the class methods below.
+
+    Attributes:
+        kind: ``remove`` (by id, owner or class), ``replace`` (ids by rows), ``remove_rows`` (by content: whether the
+            rows were ever used is not known to who asks).
+        ids: the records meant; with `owner` or `label` instead, those are looked up when the request is carried out.
+        owner: whose records; for ``remove_rows``, only this owner's copies go.
+        label: the class meant.
+        x: (n, ...) replacements, or the rows to look for.
+        y: (n,) their labels.
+        asked_by: who asked.
+        key: idempotency key.
+        received_at: when it came in.
+        due_at: when it must be done.
+    """
+
+    kind: Literal["remove", "replace", "remove_rows"]
+    ids: tuple[str, ...] = ()
+    owner: str | None = None
+    label: int | None = None
+    x: Tensor | None = None
+    y: Tensor | None = None
+    asked_by: str = ""
+    key: str = ""
+    received_at: datetime | None = None
+    due_at: datetime | None = None
+
+    def __post_init__(self) -> None:
+        repeated = [record_id for record_id, count in Counter(self.ids).items() if count > 1]
+        if repeated:
+            raise Misuse(f'id "{repeated[0]}" stands more than once in the request; name each record once')
+        if self.kind != "remove" and (self.x is None or self.y is None or len(self.x) != len(self.y)):
+            raise Misuse(f"a {self.kind} request needs as many rows x as labels y")
+        if self.kind == "replace" and len(self.ids) != len(self.x if self.x is not None else ()):
+            raise Misuse(f"a replace request needs one row for each of its {len(self.ids)} ids")
+
+    @classmethod
+    def remove(cls, ids: Iterable[str], **about: object) -> Request:
+        """Remove these records. `about` takes asked_by, key, received_at, due_at."""
+        return replace(cls(kind="remove", ids=tuple(ids)), **about)  # type: ignore[arg-type]
+
+    @classmethod
+    def remove_owner(cls, owner: str, **about: object) -> Request:
+        """Remove all that this owner holds."""
+        return replace(cls(kind="remove", owner=owner), **about)  # type: ignore[arg-type]
+
+    @classmethod
+    def remove_class(cls, label: int, **about: object) -> Request:
+        """Remove all records of one class."""
+        return replace(cls(kind="remove", label=label), **about)  # type: ignore[arg-type]
+
+    @classmethod
+    def replace_rows(cls, ids: Iterable[str], x: Tensor, y: Tensor, **about: object) -> Request:
+        """Remove these records and train on `x`, `y` in their stead, under the ids ``<id>~2`` (``~3``, ...)."""
+        return replace(cls(kind="replace", ids=tuple(ids), x=x, y=y), **about)  # type: ignore[arg-type]
+
+    @classmethod
+    def remove_rows(cls, owner: str, x: Tensor, y: Tensor, **about: object) -> Request:
+        """Remove this owner's records that equal these rows; a row given twice removes up to two copies."""
+        return replace(cls(kind="remove_rows", owner=owner, x=x, y=y), **about)  # type: ignore[arg-type]
+
+    def named(self, records: Records, gone: frozenset[str] = frozenset()) -> tuple[str, ...]:
+        """The ids that the request means, in order: those still here and those that are gone already.
+
+        Raises:
+            UnknownRecord: for an id, owner or class that was never there, or rows of which none is.
+        """
+        if self.kind == "remove_rows":
+            return self._matched(records)
+        if self.owner is not None:
+            return records.of_owner(self.owner).ids
+        if self.label is not None:
+            return records.of_class(self.label).ids
+        for record_id in self.ids:
+            if record_id not in records and record_id not in gone:
+                records.positions([record_id])
+        return self.ids
+
+    def _matched(self, records: Records) -> tuple[str, ...]:
+        if self.x is None or self.y is None or self.owner is None:
+            raise Misuse("a remove_rows request needs an owner, rows and labels")
+        wanted = Counter(row.tobytes() for row in Records(self.x, self.y, classes=records.classes).digests())
+        mine = records.of_owner(self.owner)
+        found = []
+        for record_id, row in zip(mine.ids, mine.digests(), strict=True):
+            if wanted[row.tobytes()] > 0:
+                wanted[row.tobytes()] -= 1
+                found.append(record_id)
+        if not found and len(self.x):
+            raise UnknownRecord(
+                f'none of the {len(self.x)} rows is held by owner "{self.owner}"; check dtype and shape'
+            )
+        return tuple(found)
+
+    def split(
+        self, records: Records, *, ids: frozenset[str] | None = None, gone: frozenset[str] = frozenset()
+    ) -> Split:
+        """Which rows go and which stay.
+
+        Args:
+            records: the data set as registered; rows that are gone may still be in it.
+            ids: what the model is trained on; None: all records but the gone ones.
+            gone: what was removed before.
+
+        Raises:
+            UnknownRecord: for an id, owner or class that the data set never held.
+            NeverTrained: for a record that the model was not trained on.
+            EmptyRetain: if nothing would be left.
+        """
+        ids = frozenset(records.ids) - gone if ids is None else ids
+        named = self.named(records, gone)
+        stranger = next((i for i in named if i not in ids and i not in gone), None)
+        if stranger is not None:
+            raise NeverTrained(f'the model was never trained on record "{stranger}"; there is nothing to remove')
+        leaving = {record_id for record_id in named if record_id in ids}
+        lost = ids - frozenset(records.ids)
+        if lost:
+            raise UnknownRecord(
+                f'the model stands on {len(lost):,} records that are not given, first "{min(lost)}"; give the whole set'
+            )
+        keep = np.fromiter((i in ids and i not in leaving for i in records.ids), bool, len(records))
+        forget = records.select([i for i, record_id in enumerate(records.ids) if record_id in leaving])
+        retain = records.select(np.flatnonzero(keep))
+        already = len(named) - len(leaving)
+        if self.kind == "replace" and leaving:
+            new = self._replacements(records, leaving)
+            return Split(forget=forget, retain=retain.plus(new), already=already, added=frozenset(new.ids))
+        if leaving and not len(retain):
+            raise EmptyRetain(
+                f"removing {len(forget):,} records would leave none to train on; retire the model instead"
+            )
+        return Split(forget=forget, retain=retain, already=already)
+
+    def _replacements(self, records: Records, leaving: set[str]) -> Records:
+        rows = [index for index, record_id in enumerate(self.ids) if record_id in leaving]
+        if self.x is None or self.y is None:
+            raise Misuse("a replace request needs rows and labels")
+        index = torch.tensor(rows)
+        new_ids = [_next_name(self.ids[i]) for i in rows]
+        owners = [records.owners[p] for p in records.positions(self.ids[i] for i in rows)]
+        return Records(self.x[index], self.y[index], new_ids, owners, classes=records.classes)
+
+
+def _next_name(record_id: str) -> str:
+    stem, mark, count = record_id.rpartition("~")
+    return f"{stem}~{int(count) + 1}" if mark and count.isdigit() else f"{record_id}~2"

@@ -1,0 +1,107 @@
+"""The front door of training: a recipe and records in, a `Trained` out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from expunge.core.claim import Claim
+from expunge.core.errors import EmptyRetain, Misuse
+from expunge.core.recipe import Recipe, Sharding
+from expunge.core.records import Records
+from expunge.core.trained import Trained
+from expunge.learn.build import EXTERNAL, build
+from expunge.learn.engine import LOCAL, Engine
+from expunge.learn.loop import NOTHING, Keep, Report, Tally, fit
+from expunge.learn.resume import Saver
+from expunge.learn.shards import train_shards
+
+
+def train(
+    recipe: Recipe,
+    records: Records,
+    *,
+    shards: int | None = None,
+    keep: Keep = NOTHING,
+    resume: str | Path | None = None,
+    save_every: int = 200,
+    report: Report | None = None,
+    engine: Engine = LOCAL,
+    tally: Tally | None = None,
+) -> Trained:
+    """Train a model, deterministically: the same recipe, rows and thread count give the same bytes.
+
+    The order of the rows in `records` does not matter, nor do their ids.
+
+    Args:
+        recipe: how; `shape`, `outputs` and the shards' salt are filled in from the records.
+        records: on what; uint8 pixels are divided by 255, floats taken as they are.
+        shards: train that many shards instead (as ``Sharding(shards=...)`` in the recipe).
+        keep: what to leave behind beside the model; kept slices of shards need not be asked for.
+        resume: folder to save into and to go on from after an interruption; removed when training is done.
+        save_every: steps between saves.
+        report: told (stage, steps done, steps in all) now and then.
+        engine: where shards are trained.
+        tally: counts the work.
+
+    Returns:
+        The trained model, in evaluation mode, on the device of the records.
+
+    Raises:
+        BadRecipe, BadRecords, EmptyRetain: before any work, or at divergence.
+        Misuse: if `resume` holds another training.
+
+    Example:
+        >>> rows = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+        >>> records = Records(rows, (rows[:, 0] > 0).long())
+        >>> trained = train(Recipe(model="softmax", epochs=3), records)
+        >>> trained.digest() == train(Recipe(model="softmax", epochs=3), records).digest()
+        True
+    """
+    if not len(records):
+        raise EmptyRetain("there are no records to train on; give at least one")
+    if shards is not None:
+        if recipe.sharding is not None and recipe.sharding.shards != shards:
+            raise Misuse(
+                f"the recipe has {recipe.sharding.shards} shards, but shards={shards} was asked; give one of them"
+            )
+        recipe = replace(recipe, sharding=recipe.sharding or Sharding(shards=shards))
+    recipe = recipe.completed(records)
+    saver = Saver(resume, recipe, records, every=save_every) if resume is not None else None
+    if recipe.sharding is not None:
+        trained = train_shards(recipe, records, keep=keep, saver=saver, report=report, engine=engine, tally=tally)
+    else:
+        module = build(recipe).to(records.device)
+        log = fit(module, recipe, records, keep=keep, saver=saver, report=report, tally=tally)
+        trained = Trained(module=module, recipe=recipe, ids=frozenset(records.ids), log=log)
+    if saver is not None:
+        saver.clear()
+    return trained
+
+
+def adopt(module: nn.Module, recipe: Recipe, records: Records) -> Trained:
+    """A model that was trained elsewhere, on these records.
+
+    It can be changed by every method that starts from the model. Methods that train from the beginning need a recipe
+    whose model can be made anew, and say so otherwise; nothing is claimed of how the module came to be.
+
+    Args:
+        module: any `torch.nn.Module`; copied later, never written to.
+        recipe: its objective, optimiser and batch size; its `model` is replaced by ``external``.
+        records: what it was trained on.
+    """
+    recipe = replace(recipe, model=EXTERNAL, sharding=None, dtype=_dtype_of(module)).completed(records)
+    return Trained(module=module, recipe=recipe, ids=frozenset(records.ids), standing=Claim.EXACT)
+
+
+def load(folder: str | Path) -> Trained:
+    """Read a model that `Trained.save` wrote; see there for errors."""
+    return Trained.load(folder, build)
+
+
+def _dtype_of(module: nn.Module) -> str:
+    parameter = next(iter(module.parameters()), torch.zeros(()))
+    return str(parameter.dtype).removeprefix("torch.")

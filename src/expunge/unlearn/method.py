@@ -1,0 +1,171 @@
+"""The base of all unlearning methods: checks, copies, times and books; a method only does the work."""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar, final
+
+import torch
+from torch import Generator, nn
+
+from expunge.core.claim import Claim, Exactness, Guarantee
+from expunge.core.errors import Misuse, NothingChanged, Unsupported
+from expunge.core.events import AlreadyRemoved, Event, Removed, Replaced
+from expunge.core.protocols import Cost, Need, Unlearned
+from expunge.core.records import Records
+from expunge.core.request import Request, Split
+from expunge.core.trained import Trained
+from expunge.learn.loop import Tally
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One removal to carry out.
+
+    Attributes:
+        trained: the model. For methods that are not exact its module is a private copy, to be written to freely.
+        forget: the rows to remove; at least one.
+        retain: the rows that stay, replacements included; at least one.
+        tally: to be told of row gradients and rows read.
+    """
+
+    trained: Trained
+    forget: Records
+    retain: Records
+    tally: Tally
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """What `_apply` hands back: the model, and the guarantee and events if there are any."""
+
+    trained: Trained
+    guarantee: Guarantee | None = None
+    events: tuple[Event, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """An unlearning method: its hyperparameters as fields, its work in `_apply`.
+
+    Calling it checks the request, copies the model, does the work, times it, and books what is gone. The call is
+    final; a method that cannot do what was asked raises, and never does something else instead.
+    """
+
+    claim: ClassVar[Claim] = Claim.NONE
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.FORGET, Need.RETAIN})
+    source: ClassVar[str] = ""
+    not_guaranteed: ClassVar[str] = "anything: what the model still remembers is unknown"
+
+    @property
+    def name(self) -> str:
+        """The class's name in lower case with hyphens."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(self).__name__).lower()
+
+    @property
+    def exactness(self) -> Exactness | None:
+        """For exact methods: in which sense."""
+        return None
+
+    def supports(self, trained: Trained) -> Unsupported | None:
+        """None if the method can work on this model, else the error that says why not and what to use."""
+        if trained.parts and self.claim is not Claim.EXACT:
+            return Unsupported(
+                f"{self.name} changes one model, and this one has {len(trained.parts)} shards; use sisa or retrain"
+            )
+        return None
+
+    @final
+    def __call__(self, trained: Trained, records: Records, request: Request, *, rng: Generator) -> Unlearned:
+        """Carry out the request.
+
+        Args:
+            trained: the model; never written to.
+            records: the whole data set as registered. Rows that are gone may still be in it; they stay out.
+            request: what to remove or replace.
+            rng: names the coins; nothing is drawn from it.
+
+        Returns:
+            The model after, with the claim, what it took, and what happened. A request that names nothing that is
+            still there returns the model as it is.
+
+        Raises:
+            UnknownRecord, NeverTrained, EmptyRetain: before any work; see `Request.split`.
+            Unsupported: if this method cannot work on this model; the message names one that can.
+            NothingChanged: if a method that proves nothing left every parameter as it was.
+            Misuse: if the method's step was so long that a parameter is no longer finite.
+        """
+        problem = self.supports(trained)
+        if problem is not None:
+            raise problem
+        records.digests()  # computed once here, so that the selections made below share them
+        split = request.split(records, ids=trained.ids, gone=trained.gone)
+        noted: tuple[Event, ...] = (AlreadyRemoved(rows=split.already),) if split.already else ()
+        started = time.perf_counter()
+        if not len(split.forget):
+            return self._identity(trained, noted)
+        tally = Tally()
+        work = trained if self.claim is Claim.EXACT else replace(trained, module=copy.deepcopy(trained.module))
+        task = Task(trained=work, forget=split.forget, retain=split.retain, tally=tally)
+        done = self._apply(task, rng=rng)
+        cost = Cost(seconds=time.perf_counter() - started, gradients=tally.gradients, rows_read=tally.rows_read)
+        claim = self._claim_of(done)
+        if claim is not Claim.EXACT:
+            self._refuse_useless(trained.module, done.trained.module)
+        events = noted + done.events + self._booked(split, claim)
+        return Unlearned(
+            trained=_booked_out(done.trained, trained, split, claim),
+            claim=claim,
+            exactness=self.exactness if claim is Claim.EXACT else None,
+            guarantee=done.guarantee,
+            cost=cost,
+            events=events,
+        )
+
+    @abstractmethod
+    def _apply(self, task: Task, *, rng: Generator) -> Done:
+        """Do the work on the task's model."""
+
+    def _claim_of(self, done: Done) -> Claim:
+        if self.claim is Claim.CERTIFIED and (done.guarantee is None or done.guarantee.basis == "none"):
+            return Claim.NONE
+        return self.claim
+
+    def _identity(self, trained: Trained, noted: tuple[Event, ...]) -> Unlearned:
+        exact = self.claim is Claim.EXACT and trained.standing is Claim.EXACT
+        return Unlearned(
+            trained=trained,
+            claim=Claim.EXACT if exact else Claim.NONE,
+            exactness=self.exactness if exact else None,
+            guarantee=None,
+            cost=Cost(seconds=0.0),
+            events=noted,
+        )
+
+    def _refuse_useless(self, before: nn.Module, after: nn.Module) -> None:
+        old, new = before.state_dict(), after.state_dict()
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in new.values()):
+            raise Misuse(f"{self.name} took steps so long that parameters are no longer finite; lower its lr")
+        if old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old):
+            raise NothingChanged(f"{self.name} left every parameter as it was, which removes nothing; see its settings")
+
+    def _booked(self, split: Split, claim: Claim) -> tuple[Event, ...]:
+        removed = Removed(method=self.name, claim=claim.value, rows=len(split.forget))
+        return (removed, Replaced(rows=len(split.added))) if split.added else (removed,)
+
+
+def _booked_out(done: Trained, before: Trained, split: Split, claim: Claim) -> Trained:
+    """The result with its books kept: ids, gone, standing, and no log of rows that are gone."""
+    forgotten = frozenset(split.forget.ids)
+    exact = claim is Claim.EXACT
+    return replace(
+        done,
+        ids=(before.ids - forgotten) | split.added,
+        gone=before.gone | forgotten,
+        log=done.log if exact else None,
+        standing=claim if exact else Claim.weaker(claim, before.standing),
+    )
