@@ -34,11 +34,13 @@ from expunge.core.records import Records
 from expunge.core.request import Request
 from expunge.core.store import Artefact, Store
 from expunge.core.trained import Trained, TrainingLog
+from expunge.datasets import load_records
 from expunge.learn.build import allow_code
 from expunge.learn.loop import Keep
 from expunge.learn.many import train_many
 from expunge.learn.shards import ShardSizes, ShardWarning, shard_sizes
 from expunge.learn.training import adopt, load, train
+from expunge.study import Comparison, compare
 from expunge.unlearn import (
     FineTune,
     GradientAscent,
@@ -56,6 +58,7 @@ __all__ = [
     "BadRecords",
     "Claim",
     "CodeNotAllowed",
+    "Comparison",
     "Constant",
     "Corrupt",
     "Cost",
@@ -97,8 +100,10 @@ __all__ = [
     "adopt",
     "allow_code",
     "child",
+    "compare",
     "generator",
     "load",
+    "load_records",
     "measure",
     "shard_sizes",
     "train",

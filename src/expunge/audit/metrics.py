@@ -31,7 +31,7 @@ class Row:
         claim: what its maker claims, e.g. ``exact (pathwise)``.
         forget: accuracy on the removed rows.
         retain: accuracy on the rows that stay.
-        test: accuracy on test rows, of the classes that still stand in the retained rows.
+        test: accuracy on test rows, of the classes that still stand in the retained rows; None if not measured.
         attack: AUC of the threshold membership attack; None if there are no test rows to compare with.
         seconds: what it took.
     """
@@ -40,7 +40,7 @@ class Row:
     claim: str
     forget: Estimate
     retain: Estimate
-    test: Estimate
+    test: Estimate | None
     attack: Estimate | None
     seconds: float
 
@@ -60,10 +60,13 @@ class Row:
         gaps = self.gaps(reference)
         return math.fsum(gaps.values()) / len(gaps)
 
-    def tug_of_war(self, reference: Row) -> float:
-        """Product over forget, retain and test of one minus the gap (Zhao et al., 2024); 1 only at the reference."""
+    def tug_of_war(self, reference: Row) -> float | None:
+        """Product over forget, retain and test of one minus the gap (Zhao et al., 2024); 1 only at the reference.
+
+        None if test accuracy was not measured.
+        """
         gaps = self.gaps(reference)
-        return math.prod(1 - gaps[name] for name in ("forget", "retain", "test"))
+        return math.prod(1 - gaps[name] for name in ("forget", "retain", "test")) if "test" in gaps else None
 
     def to_json(self) -> dict[str, Any]:
         """All fields and the unlearning accuracy as plain JSON values."""
@@ -109,7 +112,7 @@ def measure(
     trained: Trained,
     forget: Records,
     retain: Records,
-    test: Records,
+    test: Records | None,
     *,
     method: str,
     claim: str = "",
@@ -125,7 +128,7 @@ def measure(
         trained: the model.
         forget: the removed rows; at least one.
         retain: the rows that stayed.
-        test: rows that no model was trained on.
+        test: rows that no model was trained on; None: test accuracy and attack are not measured.
         method: name of the line.
         claim: what is claimed of it.
         seconds: what it took.
@@ -138,17 +141,21 @@ def measure(
     """
     if trained.recipe.loss != "cross_entropy":
         raise Unsupported("this table is of accuracies, and the model has float targets; compare losses instead")
-    kept = set(retain.y.unique().tolist())
-    seen = test.select([i for i, label in enumerate(test.y.tolist()) if label in kept])
+    seen = None if test is None else _of_classes(test, retain)
     return Row(
         method=method,
         claim=claim,
         forget=accuracy(trained, forget, level),
         retain=accuracy(trained, retain, level),
-        test=accuracy(trained, seen, level),
-        attack=threshold_attack(trained, forget, test, level),
+        test=None if seen is None else accuracy(trained, seen, level),
+        attack=None if test is None else threshold_attack(trained, forget, test, level),
         seconds=seconds,
     )
+
+
+def _of_classes(records: Records, like: Records) -> Records:
+    """The records of the classes that stand in the other set."""
+    return records.select(torch.isin(records.y, like.y.unique()).nonzero().flatten().cpu())
 
 
 def accuracy(trained: Trained, records: Records, level: float = 0.95) -> Estimate:
@@ -169,8 +176,7 @@ def threshold_attack(trained: Trained, members: Records, strangers: Records, lev
     Returns:
         The AUC (ties count half) with DeLong's interval, over rows of this one model; None without strangers.
     """
-    classes = set(members.y.unique().tolist())
-    strangers = strangers.select([i for i, label in enumerate(strangers.y.tolist()) if label in classes])
+    strangers = _of_classes(strangers, members)
     if not len(members) or not len(strangers):
         return None
     loss = row_losses(trained.recipe)
@@ -222,8 +228,8 @@ def _line(name: str, tables: Sequence[Table], level: float) -> dict[str, Any]:
             if all(getattr(row, column) is not None for row, _ in pairs)
         },
         "mean_gap": [row.mean_gap(reference) for row, reference in pairs],
-        "tug_of_war": [row.tug_of_war(reference) for row, reference in pairs],
+        "tug_of_war": [value for row, reference in pairs if (value := row.tug_of_war(reference)) is not None],
         "seconds": [row.seconds for row, _ in pairs],
     }
-    figures = {column: mean(numbers, level) for column, numbers in values.items()}
+    figures = {column: mean(numbers, level) for column, numbers in values.items() if numbers}
     return {"method": name, "claim": pairs[0][0].claim, "seeds": len(tables), **figures}

@@ -27,7 +27,7 @@ def sha256_hex(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def array_of(tensor: Tensor) -> np.ndarray[Any, Any]:
+def array_of(tensor: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
     """The tensor's values as a C-contiguous little-endian numpy array (bfloat16 as its 16 bits).
 
     Raises:
@@ -40,7 +40,7 @@ def array_of(tensor: Tensor) -> np.ndarray[Any, Any]:
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     if flat.dtype is torch.bfloat16:
         flat = flat.view(torch.int16)
-    array: np.ndarray[Any, Any] = flat.numpy()
+    array: np.ndarray[Any, np.dtype[Any]] = flat.numpy()
     return array
 
 
@@ -58,7 +58,9 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
     return sha256_hex(canonical_json({"v": "tensor-manifest/1", "tensors": rows}))
 
 
-def digest_rows(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def digest_rows(
+    x: np.ndarray[Any, np.dtype[Any]], y: np.ndarray[Any, np.dtype[Any]]
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """SHA-256 of each row's content: (n, 32) bytes, from its dtype, shape, values and label.
 
     Cost: about 1 microsecond a row and one pass over the bytes.
@@ -76,7 +78,7 @@ def digest_rows(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> np.ndarray[
     return np.frombuffer(bytes(out), dtype=np.uint8).reshape(len(x), 32)
 
 
-def _bytes_of_rows(array: np.ndarray[Any, Any]) -> Iterable[memoryview]:
+def _bytes_of_rows(array: np.ndarray[Any, np.dtype[Any]]) -> Iterable[memoryview]:
     width = array.dtype.itemsize * math.prod(array.shape[1:])
     view = memoryview(array.tobytes())
     return (view[row * width : (row + 1) * width] for row in range(len(array)))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from expunge.core.coins import bucket, seed_of
 from expunge.core.digest import canonical_json
@@ -47,8 +47,10 @@ class Sharding:
     aggregate: Literal["vote", "mean"] = "vote"
 
     def __post_init__(self) -> None:
-        if self.shards < 1 or self.slices < 1:
-            raise BadRecipe(f"shards and slices must be >= 1, got {self.shards} and {self.slices}")
+        if not (_is_whole(self.shards) and _is_whole(self.slices)) or self.shards < 1 or self.slices < 1:
+            raise BadRecipe(f"shards and slices must be integers >= 1, got {self.shards} and {self.slices}")
+        if not isinstance(self.salt, str):
+            raise BadRecipe(f"salt must be text, got {self.salt!r}")
         if self.aggregate not in ("vote", "mean"):
             raise BadRecipe(f'aggregate must be "vote" or "mean", got "{self.aggregate}"')
 
@@ -100,34 +102,69 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("model_args", "optimiser_args", "schedule"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise BadRecipe(f"{name} must be a mapping, got {getattr(self, name)!r}")
             object.__setattr__(self, name, _frozen(getattr(self, name)))
-        if isinstance(self.sharding, Mapping):
-            object.__setattr__(self, "sharding", Sharding(**self.sharding))
-        for problem in self._problems():
+        object.__setattr__(self, "sharding", _sharding(self.sharding))
+        for problem in (*self._problems(), *self._problems_of_optimiser(), *self._problems_of_schedule()):
             raise BadRecipe(problem)
+        try:
+            self.digest()
+        except (TypeError, ValueError) as error:
+            raise BadRecipe(f"a recipe holds plain JSON values only: {error}") from None
 
     def _problems(self) -> list[str]:
-        lr = self.optimiser_args.get("lr")
+        decay = self.weight_decay
         checks = [
+            (isinstance(self.model, str) and self.model != "", f"model must be a name, got {self.model!r}"),
             (self.loss in LOSSES, f'loss must be one of {", ".join(LOSSES)}, got "{self.loss}"'),
-            (self.optimiser in OPTIMISERS, f'optimiser must be one of {", ".join(OPTIMISERS)}, got "{self.optimiser}"'),
-            (isinstance(lr, (int, float)) and 0 < lr < math.inf, f"optimiser_args needs lr > 0, got {lr}"),
-            (isinstance(self.epochs, int) and self.epochs >= 0, f"epochs must be an integer >= 0, got {self.epochs}"),
-            (
-                isinstance(self.batch_size, int) and self.batch_size >= 1,
-                f"batch_size must be >= 1, got {self.batch_size}",
-            ),
-            (0 <= self.weight_decay < math.inf, f"weight_decay must be >= 0, got {self.weight_decay}"),
-            (isinstance(self.seed, int), f"seed must be an integer, got {self.seed!r}"),
+            (_is_whole(self.epochs) and self.epochs >= 0, f"epochs must be an integer >= 0, got {self.epochs}"),
+            (_is_whole(self.batch_size) and self.batch_size >= 1, f"batch_size must be >= 1, got {self.batch_size}"),
+            (_is_number(decay) and 0 <= decay < math.inf, f"weight_decay must be >= 0, got {decay}"),
+            (_is_whole(self.seed), f"seed must be an integer, got {self.seed!r}"),
             (self.dtype in ("float32", "float64"), f'dtype must be float32 or float64, got "{self.dtype}"'),
         ]
-        problems = [message for fine, message in checks if not fine]
-        problems += _unknown(self.optimiser, self.optimiser_args, OPTIMISERS, "optimiser_args")
+        return [message for fine, message in checks if not fine]
+
+    def _problems_of_optimiser(self) -> list[str]:
+        args = self.optimiser_args
+        if self.optimiser not in tuple(OPTIMISERS):
+            return [f'optimiser must be one of {", ".join(OPTIMISERS)}, got "{self.optimiser}"']
+        lr, momentum, betas, eps = (args.get(name) for name in ("lr", "momentum", "betas", "eps"))
+        pair = isinstance(betas, tuple) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)
+        checks = [
+            (_is_number(lr) and 0 < lr < math.inf, f"optimiser_args needs lr > 0, got {lr}"),
+            (
+                momentum is None or (_is_number(momentum) and 0 <= momentum < 1),
+                f"need 0 <= momentum < 1, got {momentum}",
+            ),
+            (not args.get("nesterov") or bool(momentum), "nesterov needs momentum > 0; add it, or leave nesterov out"),
+            (betas is None or pair, f"betas must be two numbers with 0 <= beta < 1, got {betas}"),
+            (eps is None or (_is_number(eps) and 0 <= eps < math.inf), f"eps must be >= 0, got {eps}"),
+        ]
+        unknown = _unknown(self.optimiser, args, OPTIMISERS, "optimiser_args")
+        return unknown + [message for fine, message in checks if not fine]
+
+    def _problems_of_schedule(self) -> list[str]:
         kind = self.schedule.get("kind", "")
-        if kind not in SCHEDULES:
-            problems.append(f'schedule kind must be one of {", ".join(SCHEDULES)}, got "{kind}"')
+        if kind not in tuple(SCHEDULES):
+            return [f'schedule kind must be one of {", ".join(SCHEDULES)}, got "{kind}"']
+        at, floor, factor = (
+            self.schedule.get("at", ()),
+            self.schedule.get("floor", 0.0),
+            self.schedule.get("factor", 0.1),
+        )
+        checks = [
+            (kind != "steps" or "at" in self.schedule, 'schedule "steps" needs "at", the epochs to step at'),
+            (isinstance(at, tuple) and all(map(_is_whole, at)), f'schedule "at" must be a list of epochs, got {at}'),
+            (_is_number(floor) and 0 <= floor <= 1, f"schedule floor must lie between 0 and 1, got {floor}"),
+            (_is_number(factor) and 0 < factor < math.inf, f"schedule factor must be > 0, got {factor}"),
+        ]
         settings = {name: value for name, value in self.schedule.items() if name != "kind"}
-        return problems + _unknown(kind, settings, SCHEDULES, "schedule")
+        return _unknown(kind, settings, SCHEDULES, "schedule") + [message for fine, message in checks if not fine]
+
+    def __eq__(self, other: object) -> bool:
+        return self.digest() == other.digest() if isinstance(other, Recipe) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self.digest())
@@ -211,6 +248,23 @@ class Recipe:
         if not isinstance(data, dict):
             raise UnreadableFile(f"{path} holds {type(data).__name__} where a recipe is a JSON object")
         return cls.from_json(data)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _sharding(value: Any) -> Sharding | None:
+    if value is None or isinstance(value, Sharding):
+        return value
+    try:
+        return Sharding(**value)
+    except TypeError:
+        raise BadRecipe(f"sharding must be a mapping with shards, slices, salt, aggregate, got {value!r}") from None
 
 
 def _outputs(recipe: Recipe, records: Records) -> int:

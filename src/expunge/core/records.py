@@ -13,9 +13,10 @@ from torch import Tensor
 
 from expunge.core import coins
 from expunge.core.digest import array_of, digest_rows
-from expunge.core.errors import BadRecords, UnknownRecord, Unsupported
+from expunge.core.errors import BadRecords, Misuse, UnknownRecord, Unsupported
 
 _CHUNK = 4096
+_READ_TWICE = 16
 
 
 class MapDataset(Protocol):
@@ -42,8 +43,8 @@ class Records:
 
     def __init__(
         self,
-        x: Tensor | np.ndarray[Any, Any],
-        y: Tensor | np.ndarray[Any, Any] | Sequence[int],
+        x: Tensor | np.ndarray[Any, np.dtype[Any]],
+        y: Tensor | np.ndarray[Any, np.dtype[Any]] | Sequence[int],
         ids: Sequence[str] | None = None,
         owners: Sequence[str] | None = None,
         *,
@@ -57,10 +58,10 @@ class Records:
             BadRecords: lengths that differ, a repeated id, NaN or infinite values, labels out of range.
         """
         x, y = _tensor(x, "x"), _labels(y)
-        if x.dim() < 2:
-            raise BadRecords(f"x must be (rows, ...), got shape {tuple(x.shape)}; use x.reshape(len(x), -1)")
+        _refuse_shape(x)
         self._start(_TensorRows(x), y, ids, owners, classes)
-        self._refuse_non_finite(x)
+        for start in range(0, len(x) if x.is_floating_point() else 0, _CHUNK):
+            _refuse_non_finite(x[start : start + _CHUNK], self.ids, start)
 
     def _start(
         self,
@@ -76,21 +77,14 @@ class Records:
         for name, size in (("labels", len(y)), ("ids", len(self.ids)), ("owners", len(self.owners))):
             if size != n:
                 raise BadRecords(f"x has {n:,} rows but there are {size:,} {name}; give one for each row")
+        _refuse_other_than_text(self.ids, "ids")
+        _refuse_other_than_text(self.owners, "owners")
         _refuse_repeated(self.ids)
         self.y = y
         self.classes = _classes(y, classes)
         self._base = base
         self._rows: Tensor | None = None
         self._known: np.ndarray[Any, np.dtype[np.uint8]] | None = None
-
-    def _refuse_non_finite(self, x: Tensor) -> None:
-        if not x.is_floating_point():
-            return
-        for start in range(0, len(x), _CHUNK):
-            finite = torch.isfinite(x[start : start + _CHUNK].reshape(len(x[start : start + _CHUNK]), -1)).all(1)
-            if not bool(finite.all()):
-                row = start + int((~finite).nonzero()[0])
-                raise BadRecords(f'record "{self.ids[row]}" (row {row}) holds NaN or infinity; drop or fill it first')
 
     @classmethod
     def from_dataset(
@@ -104,21 +98,25 @@ class Records:
     ) -> Records:
         """Records whose rows are read from a map-style data set, batch by batch, by a DataLoader.
 
-        Items must be deterministic: random augmentation would make exact claims false, and is refused when the first
-        item read twice differs. Cost: one pass over the data set, for labels and content digests.
+        Items must be deterministic: random augmentation would make exact claims false, and is refused when one of the
+        first 16 items differs when read twice. Cost: one pass over the data set, for labels, NaN and content digests.
         """
         if len(dataset) == 0:
             raise BadRecords("the data set holds no rows; give at least one")
-        first, again = dataset[0], dataset[0]
-        if not torch.equal(torch.as_tensor(first[0]), torch.as_tensor(again[0])):
-            raise BadRecords("item 0 differs when read twice; records must be deterministic, so augment in the model")
+        for item in range(min(len(dataset), _READ_TWICE)):
+            if _bytes(dataset[item]) != _bytes(dataset[item]):
+                raise BadRecords(
+                    f"item {item} differs when read twice; records must be deterministic, so augment in the model"
+                )
         base = _DatasetRows(dataset, workers)
         labels, digests = [], []
-        for x, y in base.read(torch.arange(len(dataset)).split(_CHUNK)):
-            labels.append(y)
-            digests.append(digest_rows(array_of(x), array_of(y)))
+        for start, (x, y) in enumerate(base.read(torch.arange(len(dataset)).split(_CHUNK))):
+            _refuse_shape(x)
+            _refuse_non_finite(x, ids, start * _CHUNK)
+            labels.append(_labels(y))
+            digests.append(digest_rows(array_of(x), array_of(labels[-1])))
         self = cls.__new__(cls)
-        self._start(base, _labels(torch.cat(labels)), ids, owners, classes)
+        self._start(base, torch.cat(labels), ids, owners, classes)
         self._known = np.concatenate(digests)
         return self
 
@@ -198,9 +196,15 @@ class Records:
                 f'record "{missing.args[0]}" is not among the {len(self):,} records; list them with: expunge records'
             ) from None
 
-    def select(self, positions: Sequence[int] | Tensor | np.ndarray[Any, Any]) -> Records:
-        """The rows at these positions, in this order; a view."""
-        index = torch.as_tensor(positions, dtype=torch.int64)
+    def select(self, positions: Sequence[int] | Tensor | np.ndarray[Any, np.dtype[Any]]) -> Records:
+        """The rows at these positions, in this order; a view. Misuse for a position that is not there, or a mask."""
+        index = torch.as_tensor(positions)
+        if index.dtype is torch.bool:
+            raise Misuse("positions must be numbers, got a mask of truth values; use mask.nonzero().flatten()")
+        index = index.to("cpu", torch.int64)
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(self):
+            got = f"{int(index.min())} to {int(index.max())}"
+            raise Misuse(f"positions must lie in 0 to {len(self) - 1}, got {got}; count from the front")
         chosen = index.tolist()
         view = Records.__new__(Records)
         view.ids = tuple(self.ids[i] for i in chosen)
@@ -257,10 +261,17 @@ class Records:
 
     def plus(self, other: Records) -> Records:
         """These rows and the other's, copied into one new set; BadRecords if an id stands in both."""
-        if self.shape != other.shape or self.classes != other.classes:
-            raise BadRecords(f"cannot join rows of {self} and {other}; shapes and classes must agree")
+        x, more = self.x, other.x
+        alike = (self.shape, self.classes, x.dtype, self.y.dtype) == (
+            other.shape,
+            other.classes,
+            more.dtype,
+            other.y.dtype,
+        )
+        if not alike:
+            raise BadRecords(f"cannot join rows of {self} and {other}; shapes, dtypes and classes must agree")
         return Records(
-            torch.cat([self.x, other.x]),
+            torch.cat([x, more]),
             torch.cat([self.y, other.y]),
             self.ids + other.ids,
             self.owners + other.owners,
@@ -317,6 +328,7 @@ class _DatasetRows:
             self.dataset,  # type: ignore[arg-type]
             batch_sampler=sampler,
             num_workers=self.workers,
+            generator=torch.Generator(),  # its own: the loader draws a seed from it, which must not come from dropout's
         )
         for x, y in loader:
             yield x, torch.as_tensor(y)
@@ -331,22 +343,61 @@ class _DatasetRows:
             yield x, y[place]
 
 
-def _tensor(values: Tensor | np.ndarray[Any, Any], name: str) -> Tensor:
+def _tensor(values: Tensor | np.ndarray[Any, np.dtype[Any]], name: str) -> Tensor:
     if isinstance(values, Tensor):
+        if values.is_complex():
+            raise BadRecords(f"{name} must be real numbers, got {values.dtype}; use torch.view_as_real")
         return values.detach()
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf":
-        raise BadRecords(f"{name} must be a numeric tensor or array, got {type(values).__name__}; convert it first")
+        got = f"ndarray of {values.dtype}" if isinstance(values, np.ndarray) else type(values).__name__
+        raise BadRecords(f"{name} must be a numeric tensor or array, got {got}; convert it first")
     if not values.flags.writeable:  # torch warns of read-only memory; a private map costs nothing and may be written
         # Only a whole map in C order can be mapped again from its offset and shape; a slice of one is copied.
         if isinstance(values, np.memmap) and isinstance(values.base, mmap) and values.flags.c_contiguous:
             values = np.memmap(values.filename, values.dtype, "c", values.offset, values.shape)
         else:
             values = values.copy()
-    return torch.from_numpy(values)
+    if min(values.strides, default=0) < 0:  # which torch does not have
+        values = values.copy()
+    try:
+        return torch.from_numpy(values)
+    except (TypeError, ValueError):  # long double, other byte order
+        raise BadRecords(
+            f"{name} must be a numeric tensor or array, got ndarray of {values.dtype.str}; convert it first"
+        ) from None
 
 
-def _labels(values: Tensor | np.ndarray[Any, Any] | Sequence[int]) -> Tensor:
-    y = values.detach() if isinstance(values, Tensor) else torch.as_tensor(np.array(values))
+def _refuse_shape(x: Tensor) -> None:
+    if x.dim() < 2:
+        raise BadRecords(f"x must be (rows, ...), got shape {tuple(x.shape)}; use x.reshape(len(x), -1)")
+
+
+def _refuse_non_finite(x: Tensor, ids: Sequence[str] | None, start: int) -> None:
+    """Refuse rows `x`, the first of which is row `start` of the set."""
+    finite = torch.isfinite(x.reshape(len(x), -1)).all(1)
+    if not bool(finite.all()):
+        row = start + int((~finite).nonzero()[0])
+        name = row if ids is None else ids[row]
+        raise BadRecords(f'record "{name}" (row {row}) holds NaN or infinity; drop or fill it first')
+
+
+def _refuse_other_than_text(names: Sequence[object], what: str) -> None:
+    for name in names:
+        if not isinstance(name, str):
+            raise BadRecords(f"{what} must be text, got {name!r} of type {type(name).__name__}; use map(str, {what})")
+
+
+def _bytes(item: tuple[Tensor, Any]) -> list[tuple[str, bytes]]:
+    arrays = [array_of(torch.as_tensor(part)) for part in item]
+    return [(f"{array.dtype}{array.shape}", array.tobytes()) for array in arrays]
+
+
+def _labels(values: Tensor | np.ndarray[Any, np.dtype[Any]] | Sequence[int]) -> Tensor:
+    try:
+        y = values.detach() if isinstance(values, Tensor) else torch.as_tensor(np.array(values))
+    except (TypeError, ValueError):
+        got = np.asarray(values, dtype=object).flat[0]
+        raise BadRecords(f"labels must be numbers, got {got!r}; number the classes from 0") from None
     if y.is_floating_point():
         if y.dim() not in (1, 2):
             raise BadRecords(f"float targets must be (n,) or (n, k), got shape {tuple(y.shape)}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
@@ -66,6 +67,11 @@ class Request:
         repeated = [record_id for record_id, count in Counter(self.ids).items() if count > 1]
         if repeated:
             raise Misuse(f'id "{repeated[0]}" stands more than once in the request; name each record once')
+        if self.kind not in ("remove", "replace", "remove_rows"):
+            raise Misuse(f'a request is remove, replace or remove_rows, got "{self.kind}"')
+        ways = [name for name in ("ids", "owner", "label") if getattr(self, name) not in ((), None)]
+        if len(ways) > 1:
+            raise Misuse(f"a request names its records in one way, got {' and '.join(ways)}; file one request for each")
         if self.kind != "remove" and (self.x is None or self.y is None or len(self.x) != len(self.y)):
             raise Misuse(f"a {self.kind} request needs as many rows x as labels y")
         if self.kind == "replace" and len(self.ids) != len(self.x if self.x is not None else ()):
@@ -96,14 +102,22 @@ class Request:
         """Remove this owner's records that equal these rows; a row given twice removes up to two copies."""
         return replace(cls(kind="remove_rows", owner=owner, x=x, y=y), **about)  # type: ignore[arg-type]
 
-    def named(self, records: Records, gone: frozenset[str] = frozenset()) -> tuple[str, ...]:
+    def named(
+        self, records: Records, gone: frozenset[str] = frozenset(), ids: frozenset[str] | None = None
+    ) -> tuple[str, ...]:
         """The ids that the request means, in order: those still here and those that are gone already.
+
+        Args:
+            records: the data set as registered.
+            gone: what was removed before.
+            ids: what the model is trained on; None: all records but the gone ones. Of equal rows that a
+                ``remove_rows`` request may mean, those that the model is trained on are meant first.
 
         Raises:
             UnknownRecord: for an id, owner or class that was never there, or rows of which none is.
         """
         if self.kind == "remove_rows":
-            return self._matched(records)
+            return self._matched(records, gone, ids)
         if self.owner is not None:
             return records.of_owner(self.owner).ids
         if self.label is not None:
@@ -113,21 +127,33 @@ class Request:
                 records.positions([record_id])
         return self.ids
 
-    def _matched(self, records: Records) -> tuple[str, ...]:
+    def _matched(self, records: Records, gone: frozenset[str], ids: frozenset[str] | None) -> tuple[str, ...]:
         if self.x is None or self.y is None or self.owner is None:
             raise Misuse("a remove_rows request needs an owner, rows and labels")
         wanted = Counter(row.tobytes() for row in Records(self.x, self.y, classes=records.classes).digests())
         mine = records.of_owner(self.owner)
+        held = [row.tobytes() for row in mine.digests()]
+
+        def readiness(position: int) -> int:
+            record_id = mine.ids[position]
+            trained_on = record_id not in gone if ids is None else record_id in ids
+            return 0 if trained_on else 1 if record_id in gone else 2
+
         found = []
-        for record_id, row in zip(mine.ids, mine.digests(), strict=True):
-            if wanted[row.tobytes()] > 0:
-                wanted[row.tobytes()] -= 1
-                found.append(record_id)
+        for position in sorted(range(len(mine)), key=readiness):
+            if wanted[held[position]] > 0:
+                wanted[held[position]] -= 1
+                found.append(position)
         if not found and len(self.x):
             raise UnknownRecord(
                 f'none of the {len(self.x)} rows is held by owner "{self.owner}"; check dtype and shape'
             )
-        return tuple(found)
+        return tuple(mine.ids[position] for position in sorted(found))
+
+    @property
+    def by_id(self) -> bool:
+        """True if the request names its records one by one."""
+        return self.kind != "remove_rows" and self.owner is None and self.label is None
 
     def split(
         self, records: Records, *, ids: frozenset[str] | None = None, gone: frozenset[str] = frozenset()
@@ -141,14 +167,15 @@ class Request:
 
         Raises:
             UnknownRecord: for an id, owner or class that the data set never held.
-            NeverTrained: for a record that the model was not trained on.
+            NeverTrained: for a record named by its id that the model was not trained on; for an owner, a class or rows
+                if the model was trained on none of them (what it never saw needs no removal, and is left alone).
             EmptyRetain: if nothing would be left.
         """
         ids = frozenset(records.ids) - gone if ids is None else ids
-        named = self.named(records, gone)
-        stranger = next((i for i in named if i not in ids and i not in gone), None)
-        if stranger is not None:
-            raise NeverTrained(f'the model was never trained on record "{stranger}"; there is nothing to remove')
+        named = self.named(records, gone, ids)
+        strangers = [i for i in named if i not in ids and i not in gone]
+        if strangers and (self.by_id or len(strangers) == len(named)):
+            raise NeverTrained(f'the model was never trained on record "{strangers[0]}"; there is nothing to remove')
         leaving = {record_id for record_id in named if record_id in ids}
         lost = ids - frozenset(records.ids)
         if lost:
@@ -158,9 +185,9 @@ class Request:
         keep = np.fromiter((i in ids and i not in leaving for i in records.ids), bool, len(records))
         forget = records.select([i for i, record_id in enumerate(records.ids) if record_id in leaving])
         retain = records.select(np.flatnonzero(keep))
-        already = len(named) - len(leaving)
+        already = len(named) - len(leaving) - len(strangers)
         if self.kind == "replace" and leaving:
-            new = self._replacements(records, leaving)
+            new = self._replacements(records, leaving, gone)
             return Split(forget=forget, retain=retain.plus(new), already=already, added=frozenset(new.ids))
         if leaving and not len(retain):
             raise EmptyRetain(
@@ -168,16 +195,19 @@ class Request:
             )
         return Split(forget=forget, retain=retain, already=already)
 
-    def _replacements(self, records: Records, leaving: set[str]) -> Records:
+    def _replacements(self, records: Records, leaving: set[str], gone: frozenset[str]) -> Records:
         rows = [index for index, record_id in enumerate(self.ids) if record_id in leaving]
         if self.x is None or self.y is None:
             raise Misuse("a replace request needs rows and labels")
         index = torch.tensor(rows)
-        new_ids = [_next_name(self.ids[i]) for i in rows]
+        new_ids: list[str] = []
+        for i in rows:
+            new_ids.append(_next_name(self.ids[i], lambda name: name in records or name in gone or name in new_ids))
         owners = [records.owners[p] for p in records.positions(self.ids[i] for i in rows)]
         return Records(self.x[index], self.y[index], new_ids, owners, classes=records.classes)
 
 
-def _next_name(record_id: str) -> str:
-    stem, mark, count = record_id.rpartition("~")
-    return f"{stem}~{int(count) + 1}" if mark and count.isdigit() else f"{record_id}~2"
+def _next_name(record_id: str, taken: Callable[[str], bool]) -> str:
+    stem, mark, digits = record_id.rpartition("~")
+    stem, count = (stem, int(digits)) if mark and digits.isdecimal() else (record_id, 1)
+    return next(name for name in (f"{stem}~{number}" for number in itertools.count(count + 1)) if not taken(name))

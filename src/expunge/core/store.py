@@ -10,7 +10,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from expunge.core.digest import canonical_json, sha256_hex
@@ -50,7 +50,7 @@ class Store:
     def put(self, data: bytes, kind: str, *, records: Iterable[str] = (), parents: Iterable[str] = ()) -> Artefact:
         """Store bytes that derive from these records and from these artefacts (whose lineage is inherited).
 
-        Storing the same bytes again joins both lineages.
+        Storing the same bytes again joins both lineages, and all that was made from them inherits the joined one.
 
         Raises:
             UnknownRecord: for a parent that is not here.
@@ -61,11 +61,11 @@ class Store:
         if known is not None:
             ids |= self.records_of(digest)
             ancestors |= set(known.parents)
-        lineage = self._put_lineage(ids)
-        artefact = Artefact(digest, kind, len(data), lineage, tuple(sorted(ancestors)))
+        artefact = Artefact(digest, kind, len(data), self._put_lineage(ids), tuple(sorted(ancestors)))
+        self._put_about(artefact)  # before the bytes: at no time do bytes lie here that no lineage finds
         write_atomically(self._path(digest), data)
-        write_atomically(self.root / "about" / f"{digest}.json", canonical_json(asdict(artefact)))
-        if known is not None and known.lineage != lineage:
+        if known is not None and known.lineage != artefact.lineage:
+            self._bequeath(digest, ids)
             self._drop_unused_lineages()
         return artefact
 
@@ -85,13 +85,20 @@ class Store:
         return data
 
     def about(self, digest: str) -> Artefact:
-        """What is known of the artefact; UnknownRecord if it is not here."""
+        """What is known of the artefact.
+
+        Raises:
+            UnknownRecord: if it is not here.
+            Corrupt: if what was written of it cannot be read.
+        """
         _refuse_path(digest)
         try:
             data = json.loads((self.root / "about" / f"{digest}.json").read_bytes())
+            return Artefact(**{**data, "parents": tuple(data["parents"])})
         except FileNotFoundError:
             raise UnknownRecord(f"no artefact {digest} in {self.root}; list them with Store.artefacts()") from None
-        return Artefact(**{**data, "parents": tuple(data["parents"])})
+        except (ValueError, TypeError, KeyError):
+            raise Corrupt(f"what {self.root} knows of artefact {digest} cannot be read; restore the folder") from None
 
     def artefacts(self) -> Iterator[Artefact]:
         """All artefacts, by digest."""
@@ -99,9 +106,20 @@ class Store:
             yield self.about(path.stem)
 
     def records_of(self, digest: str) -> frozenset[str]:
-        """Ids of all records that the artefact derives from, its ancestors' included."""
+        """Ids of all records that the artefact derives from, its ancestors' included.
+
+        Raises:
+            UnknownRecord: if it is not here.
+            Corrupt: if its lineage is lost or changed, so that nobody can say what must be erased with a record.
+        """
         lineage = self.about(digest).lineage
-        return frozenset(json.loads((self.root / "lineage" / f"{lineage}.json").read_bytes()))
+        try:
+            data = (self.root / "lineage" / f"{lineage}.json").read_bytes()
+        except FileNotFoundError:
+            data = b""
+        if sha256_hex(data) != lineage:
+            raise Corrupt(f"the lineage of artefact {digest} in {self.root} is lost or changed; restore the folder")
+        return frozenset(json.loads(data))
 
     def derived_from(self, ids: Iterable[str]) -> list[Artefact]:
         """All artefacts that derive from any of these records. Cost: one read of each distinct lineage."""
@@ -126,6 +144,17 @@ class Store:
             self._path(digest).unlink(missing_ok=True)
             (self.root / "about" / f"{digest}.json").unlink(missing_ok=True)
         self._drop_unused_lineages()
+
+    def _put_about(self, artefact: Artefact) -> None:
+        write_atomically(self.root / "about" / f"{artefact.digest}.json", canonical_json(asdict(artefact)))
+
+    def _bequeath(self, digest: str, ids: set[str]) -> None:
+        """Add these records to the lineage of all that was made from the artefact."""
+        for artefact in self.artefacts():
+            held = self.records_of(artefact.digest)
+            if digest in artefact.parents and not held >= ids:
+                self._put_about(replace(artefact, lineage=self._put_lineage(ids | held)))
+                self._bequeath(artefact.digest, ids)
 
     def _put_lineage(self, ids: set[str]) -> str:
         data = canonical_json(sorted(ids))

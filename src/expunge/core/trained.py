@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.core.claim import Claim
-from expunge.core.digest import digest_tensors
+from expunge.core.digest import canonical_json, digest_tensors, sha256_hex
 from expunge.core.errors import BadRecords, Misuse, UnreadableFile
 from expunge.core.recipe import Recipe
 
@@ -136,6 +136,8 @@ class Trained:
             write_state(folder / "model.safetensors", self.module.state_dict())
         for index, part in enumerate(self.parts):
             part._write(folder / f"part-{index:04d}")
+        about["files"] = {name: sha256_hex((folder / name).read_bytes()) for name in _beside(folder)}
+        about["check"] = sha256_hex(canonical_json(about))
         (folder / "trained.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
 
     @classmethod
@@ -148,11 +150,13 @@ class Trained:
         """
         folder = Path(folder)
         about = _read_about(folder)
+        _refuse_changed(folder, about)
         recipe = Recipe.from_json(about["recipe"])
         parts = tuple(cls.load(folder / f"part-{index:04d}", build) for index in range(about["parts"]))
         module = build(recipe, tuple(part.module for part in parts if part.ids))
         if not parts:
             _fill(module, read_state(folder / "model.safetensors"), folder)
+        module.eval()
         trained = cls(
             module=module,
             recipe=recipe,
@@ -212,10 +216,30 @@ def _read_about(folder: Path) -> dict[str, Any]:
         raise UnreadableFile(f"{folder} is no trained model ({error}); make one with: expunge train") from None
     if not isinstance(about, dict) or about.get("format") != "expunge-trained/1":
         raise UnreadableFile(f"{path} is not of format expunge-trained/1; make one with: expunge train")
-    missing = {"recipe", "ids", "gone", "standing", "parts", "digest"} - set(about)
+    check = about.pop("check", None)
+    missing = {"recipe", "ids", "gone", "standing", "parts", "digest", "files"} - set(about)
     if missing:
         raise UnreadableFile(f'{path} lacks "{min(missing)}"; it was not written by expunge')
+    if check != sha256_hex(canonical_json(about)):
+        raise UnreadableFile(f"{path} is not as it was written; fetch it again")
     return about
+
+
+def _beside(folder: Path) -> list[str]:
+    """The files that `trained.json` vouches for: the states beside it, and what its parts vouch for themselves."""
+    paths = [*folder.glob("*.safetensors"), *folder.glob("part-*/trained.json")]
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
+def _refuse_changed(folder: Path, about: Mapping[str, Any]) -> None:
+    for name, digest in about["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise UnreadableFile(f"{path} is missing; fetch the whole folder again")
+        if sha256_hex(path.read_bytes()) != digest:
+            if path.suffix == ".safetensors":
+                read_state(path)  # says more precisely what is wrong with a file that is none
+            raise UnreadableFile(f"{path} holds other bytes than were saved there; fetch it again")
 
 
 def _read_log(folder: Path, data: Mapping[str, Any] | None) -> TrainingLog | None:

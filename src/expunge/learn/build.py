@@ -53,6 +53,8 @@ def build(recipe: Recipe, parts: tuple[nn.Module, ...] = ()) -> nn.Module:
     with seeded(recipe.seed, "init"):
         try:
             return _make(recipe).to(dtype)
+        except (CodeNotAllowed, BadRecipe):
+            raise
         except (TypeError, ValueError) as error:
             raise BadRecipe(f'model "{recipe.model}" cannot be made: {error}') from None
 
@@ -91,6 +93,10 @@ def _imported(name: str) -> Callable[..., nn.Module]:
 @contextmanager
 def seeded(*names: int | str) -> Iterator[None]:
     """Within: torch's global generators are started at the seed called `names`. After: they are as they were."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed_of(*names))
+    # Not torch.manual_seed: where CUDA was never used, it queues a formatted stack trace for each call, for ever.
+    on_gpu = torch.cuda.is_initialized()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else ()):
+        torch.default_generator.manual_seed(seed_of(*names))
+        if on_gpu:
+            torch.cuda.manual_seed_all(seed_of(*names))
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -33,7 +34,7 @@ class ShardEnsemble(nn.Module):
         if self.loss == "mse":
             return answers.mean(0)
         if self.aggregate == "mean":
-            return torch.logsumexp(answers.log_softmax(-1), 0) - torch.log(torch.tensor(float(len(self.parts))))
+            return torch.logsumexp(answers.log_softmax(-1), 0) - math.log(len(self.parts))
         return self.tally(answers).to(answers.dtype).div(len(self.parts)).clamp_min(1e-6).log()
 
     def votes(self, x: Tensor) -> Tensor:

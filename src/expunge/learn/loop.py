@@ -165,9 +165,9 @@ class _Run:
         if self.saver is not None:
             self.at = self.saver.restore(self.stage, self.module, self.optimiser)
             self.losses = list(self.at.losses)
-            self.checkpoints = self.saver.checkpoints(self.stage)
+            self.checkpoints = self.saver.checkpoints(self.stage, self.at.step)
         try:
-            for epoch in range(self.at.step // self.steps_in_epoch, self.epochs):
+            for epoch in range(len(self.losses), self.epochs):
                 self._epoch(epoch)
         except KeyboardInterrupt:  # a step may be half done, so nothing is saved here: the last saved state stands
             if self.saver is None:
@@ -232,9 +232,11 @@ class _Run:
         return whole * len(self.records) + rest * self.recipe.batch_size
 
     def _batch_ids(self) -> Iterator[tuple[str, ...]]:
-        for epoch in range(self.epochs):
-            for batch in reading_order(self.recipe, self.records, self.stage, epoch).split(self.recipe.batch_size):
-                yield tuple(self.records.ids[i] for i in batch.tolist())
+        for step in range(self.steps):
+            epoch, place = divmod(step, self.steps_in_epoch)
+            if not place:
+                batches = reading_order(self.recipe, self.records, self.stage, epoch).split(self.recipe.batch_size)
+            yield tuple(self.records.ids[i] for i in batches[place].tolist())
 
 
 class _exact_kernels:

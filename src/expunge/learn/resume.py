@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from expunge.core.errors import Misuse
 from expunge.core.recipe import Recipe
 from expunge.core.records import Records
 from expunge.core.store import write_atomically
-from expunge.core.trained import State, read_state, write_state
+from expunge.core.trained import State, read_state
 
 
 @dataclass
@@ -35,28 +36,40 @@ class Saver:
     The folder derives from every row trained on; `clear` it when training is done.
     """
 
-    def __init__(self, root: str | Path, recipe: Recipe, records: Records, *, every: int = 200) -> None:
-        """Save below `root`, every so many steps.
+    def __init__(
+        self, root: str | Path, recipe: Recipe, records: Records, *, every: int = 200, checkpoints: int = 0
+    ) -> None:
+        """Save below `root`, every so many steps, a training that keeps a checkpoint every `checkpoints` steps.
 
         Raises:
-            Misuse: if the folder holds another training (other recipe, rows or thread count).
+            Misuse: if the folder holds another training (other recipe, rows, owners, checkpoints or thread count), or
+                files that are no training's: clearing it would lose them.
         """
+        if every < 1:
+            raise Misuse(f"save_every must be >= 1, got {every}")
         self.root = self.folder = Path(root)
         self.every = every
-        rows = sha256_hex(b"".join(sorted(row.tobytes() for row in records.digests())))
-        self.identity = sha256_hex(canonical_json([recipe.to_json(), rows, torch.get_num_threads()]))
+        content = (row.tobytes() + owner.encode() for row, owner in zip(records.digests(), records.owners, strict=True))
+        rows = sha256_hex(b"".join(sorted(hashlib.sha256(one).digest() for one in content)))
+        self.identity = sha256_hex(canonical_json([recipe.to_json(), rows, checkpoints, torch.get_num_threads()]))
         self._claim_folder()
 
     def _claim_folder(self) -> None:
         mark = self.folder / "training.json"
         if mark.exists():
-            if json.loads(mark.read_text(encoding="utf-8"))["identity"] != self.identity:
+            if mark.read_bytes() != self._mark():
                 raise Misuse(
                     f"{self.folder} holds the state of another training (other recipe, records or thread count); "
                     "resume into a new folder"
                 )
-        else:
-            write_atomically(mark, canonical_json({"format": "expunge-resume/1", "identity": self.identity}))
+            return
+        for path in self.folder.glob("*"):
+            if not path.name.endswith(".part"):  # what a crash at the very beginning leaves
+                raise Misuse(f"{self.folder} holds {path.name}, which is no training's; resume into a new folder")
+        write_atomically(mark, self._mark())
+
+    def _mark(self) -> bytes:
+        return canonical_json({"format": "expunge-resume/1", "identity": self.identity})
 
     def part(self, index: int) -> Saver:
         """The saver of one shard, in a folder below this one."""
@@ -103,12 +116,14 @@ class Saver:
 
     def keep_checkpoint(self, stage: str, step: int, state: State) -> None:
         """Keep a checkpoint that the finished log will hold."""
-        write_state(self.folder / f"{stage}-checkpoint-{step}.safetensors", state)
+        whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+        write_atomically(self.folder / f"{stage}-checkpoint-{step}.safetensors", safetensors.torch.save(whole))
 
-    def checkpoints(self, stage: str) -> dict[int, State]:
-        """The checkpoints kept so far, by step."""
+    def checkpoints(self, stage: str, until: int) -> dict[int, State]:
+        """The checkpoints of steps up to `until`, by step in order."""
         paths = self.folder.glob(f"{stage}-checkpoint-*.safetensors")
-        return {int(path.stem.rpartition("-")[2]): read_state(path) for path in paths}
+        found = {int(path.stem.rpartition("-")[2]): path for path in paths}
+        return {step: read_state(found[step]) for step in sorted(found) if step <= until}
 
     def clear(self) -> None:
         """Remove everything saved here."""

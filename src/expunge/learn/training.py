@@ -41,7 +41,8 @@ def train(
         records: on what; uint8 pixels are divided by 255, floats taken as they are.
         shards: train that many shards instead (as ``Sharding(shards=...)`` in the recipe).
         keep: what to leave behind beside the model; kept slices of shards need not be asked for.
-        resume: folder to save into and to go on from after an interruption; removed when training is done.
+        resume: new or empty folder to save into, and to go on from after an interruption; removed when training is
+            done.
         save_every: steps between saves.
         report: told (stage, steps done, steps in all) now and then.
         engine: where shards are trained.
@@ -52,7 +53,7 @@ def train(
 
     Raises:
         BadRecipe, BadRecords, EmptyRetain: before any work, or at divergence.
-        Misuse: if `resume` holds another training.
+        Misuse: if `resume` holds another training, or files that are no training's.
 
     Example:
         >>> rows = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
@@ -70,7 +71,7 @@ def train(
             )
         recipe = replace(recipe, sharding=recipe.sharding or Sharding(shards=shards))
     recipe = recipe.completed(records)
-    saver = Saver(resume, recipe, records, every=save_every) if resume is not None else None
+    saver = None if resume is None else Saver(resume, recipe, records, every=save_every, checkpoints=keep.every)
     if recipe.sharding is not None:
         trained = train_shards(recipe, records, keep=keep, saver=saver, report=report, engine=engine, tally=tally)
     else:

@@ -18,7 +18,9 @@ class GradientAscent(Method):
     """Climb the loss of the forget rows for some epochs.
 
     Step: ``w <- w + lr * gradient of the mean loss of a batch of forget rows``; no weight decay of its own.
-    Known to overshoot: nothing stops it at the loss that retraining would give, and the loss has no upper bound.
+    Known to overshoot: nothing stops it at the loss that retraining would give, and the loss has no upper bound. The
+    default step is timid on purpose: at lr 0.1 one pass over 600 mislabelled of 12,000 MNIST rows left 12 % test
+    accuracy.
     Cost: `epochs` passes over the forget rows.
     """
 
@@ -26,7 +28,7 @@ class GradientAscent(Method):
     source: ClassVar[str] = "Thudi et al., 2022; Graves et al., 2021"
     not_guaranteed: ClassVar[str] = "that the result is nearer to retraining than before, or still useful"
     epochs: int = 1
-    lr: float = 1e-4
+    lr: float = 3e-3
     momentum: float = 0.0
     batch_size: int | None = None
 
@@ -46,7 +48,9 @@ class NegGradPlus(Method):
     """Climb the loss of the forget rows while going down that of the retained ones.
 
     Objective of a step: ``weight * L(retain batch) - (1 - weight) * L(forget batch)``, means over batches; the forget
-    rows are read again and again while the retained rows are read `epochs` times.
+    rows are read again and again while the retained rows are read `epochs` times. With `weight` 0.95 or 0.98, removing
+    a class of MNIST took the others with it (test accuracy 0.20 and 0.30 where retraining has 0.88, mean of two seeds);
+    with 0.99 it is 0.86.
     Cost: `epochs` passes over the retained rows, and as many forget rows.
     """
 
@@ -55,7 +59,7 @@ class NegGradPlus(Method):
     epochs: int = 1
     lr: float = 0.01
     momentum: float = 0.9
-    weight: float = 0.95
+    weight: float = 0.99
     batch_size: int | None = None
 
     def _apply(self, task: Task, *, rng: Generator) -> Done:

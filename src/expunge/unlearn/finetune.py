@@ -24,8 +24,8 @@ class FineTune(Method):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.RETAIN})
     source: ClassVar[str] = "Warnecke et al., 2021; Golatkar et al., 2020"
     not_guaranteed: ClassVar[str] = "any forgetting: what the retained rows do not contradict stays"
-    epochs: int = 1
-    lr: float = 0.02
+    epochs: int = 2
+    lr: float = 0.05
     momentum: float = 0.9
     batch_size: int | None = None
 

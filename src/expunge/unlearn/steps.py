@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import count
@@ -11,6 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from expunge.core import coins
+from expunge.core.errors import Misuse
 from expunge.core.records import Records
 from expunge.learn.build import seeded
 from expunge.learn.loop import mean_loss, optimiser_of, prepare
@@ -43,7 +45,9 @@ class Steps:
     """
 
     def __init__(self, task: Task, pace: Pace, *, weight_decay: float | None = None) -> None:
-        """Steps on the task's model; `weight_decay` replaces the recipe's."""
+        """Steps on the task's model; `weight_decay` replaces the recipe's. Misuse without a learning rate above 0."""
+        if not 0 < pace.lr < math.inf:
+            raise Misuse(f"the method's lr must be > 0, got {pace.lr}")
         recipe = task.trained.recipe
         self.module, self.tally = task.trained.module, task.tally
         self.batch_size = pace.batch_size or recipe.batch_size

@@ -1,0 +1,202 @@
+"""`expunge train`, `expunge forget` and `expunge evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from expunge.cli.inputs import (
+    METHODS,
+    allow_named_code,
+    load_model,
+    make_method,
+    make_recipe,
+    make_request,
+    read_records,
+    refuse_existing,
+)
+from expunge.cli.options import (
+    AllowCode,
+    Classes,
+    Columns,
+    Data,
+    IdColumn,
+    Json,
+    LabelColumn,
+    OwnerColumn,
+    Owners,
+    Quiet,
+    Seed,
+)
+from expunge.cli.output import console, progress, say
+from expunge.core.coins import generator
+from expunge.core.trained import Trained
+from expunge.learn import training
+from expunge.report import Grid, print_grid
+from expunge.study import Comparison, compare
+
+
+def train(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="New folder for the trained model.")],
+    recipe: Annotated[Path | None, typer.Option(help="Recipe as JSON; the options below replace its fields.")] = None,
+    model: Annotated[str | None, typer.Option(help="softmax, mlp, lenet, convnet3, allcnn, resnet20, ...")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the records.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Records a step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Start of all coins.")] = None,
+    shards: Annotated[int | None, typer.Option(help="Train this many shards (SISA) instead of one model.")] = None,
+    slices: Annotated[int, typer.Option(help="Slices of each shard.")] = 1,
+    resume: Annotated[Path | None, typer.Option(help="Folder to save into and to go on from after a break.")] = None,
+    id_column: IdColumn = None,
+    owner_column: OwnerColumn = None,
+    label_column: LabelColumn = None,
+    classes: Classes = None,
+    columns: Columns = None,
+    owners: Owners = None,
+    allow_code: AllowCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a model, or a model in shards, so that it can forget later.
+
+    \b
+    Examples:
+      expunge train --data mnist --model lenet --epochs 2 --shards 20 --out models/digits
+      expunge train --data customers.csv --id-column id --label-column churned --model mlp --out models/churn
+    """
+    refuse_existing(out)
+    records = read_records(data, id_column, owner_column, label_column, classes, columns, owners)[0]
+    asked = {"model": model, "epochs": epochs, "batch_size": batch_size, "seed": seed}
+    chosen = make_recipe(recipe, asked, lr, shards, slices, records)
+    allow_named_code(chosen, allow_code)
+    with progress(quiet or as_json) as show:
+        trained = training.train(chosen, records, resume=resume, report=show)
+    trained.save(out)
+    say(
+        as_json,
+        {"model": str(out), "digest": trained.digest(), "records": len(trained.ids), "shards": len(trained.parts)},
+        f"trained on {len(trained.ids):,} records, {_made_of(trained)}; saved in {out}",
+    )
+
+
+def forget(
+    model: Annotated[Path, typer.Argument(help="Folder of the trained model.")],
+    data: Data,
+    out: Annotated[Path, typer.Option(help="New folder for the model after.")],
+    record: Annotated[list[str] | None, typer.Option("--id", help="A record to remove; may be repeated.")] = None,
+    ids_file: Annotated[Path | None, typer.Option(help="File with one record id a line.")] = None,
+    owner: Annotated[str | None, typer.Option(help="Remove all that this owner holds.")] = None,
+    label: Annotated[int | None, typer.Option("--class", help="Remove a whole class.")] = None,
+    method: Annotated[str, typer.Option(help=", ".join(METHODS) + "; auto: sisa for shards, else retrain.")] = "auto",
+    setting: Annotated[list[str] | None, typer.Option("--set", help="A setting of the method, as lr=0.01.")] = None,
+    id_column: IdColumn = None,
+    owner_column: OwnerColumn = None,
+    label_column: LabelColumn = None,
+    classes: Classes = None,
+    columns: Columns = None,
+    owners: Owners = None,
+    allow_code: AllowCode = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Remove records from a trained model, and say what may be claimed of it.
+
+    \b
+    Examples:
+      expunge forget models/digits --data mnist --owner owner-017 --out models/digits-2
+      expunge forget models/digits --data mnist --class 3 --method fine-tune --set lr=0.05 --out models/no-threes
+    """
+    refuse_existing(out)
+    request = make_request(record, ids_file, owner, label)
+    trained = load_model(model, allow_code)
+    chosen = make_method(method, setting or [], trained)
+    records = read_records(data, id_column, owner_column, label_column, classes, columns, owners)[0]
+    with progress(quiet or as_json) as show:
+        show(f"{chosen.name}", 0, 1)
+        answer = chosen(trained, records, request, rng=generator(seed))
+    answer.trained.save(out)
+    removed = len(answer.trained.gone) - len(trained.gone)
+    about = {
+        "model": str(out),
+        "method": chosen.name,
+        "claim": answer.claim.value,
+        "exactness": answer.exactness,
+        "not_covered": answer.claim.caveat(answer.exactness),
+        "removed": removed,
+        "gone": len(answer.trained.gone),
+        "seconds": answer.cost.seconds,
+        "row_gradients": answer.cost.gradients,
+        "digest": answer.trained.digest(),
+        "events": [event.to_json() for event in answer.events],
+    }
+    say(as_json, about, f"removed {removed:,} records by {chosen.name}; saved in {out}\n{answer}")
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Folder of the model after forgetting.")],
+    before: Annotated[Path, typer.Option(help="Folder of the model before.")],
+    data: Data,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Train the exact reference too, and give gaps to it.")
+    ] = False,
+    test: Annotated[str | None, typer.Option(help="Held-out data; a built-in set brings its own.")] = None,
+    id_column: IdColumn = None,
+    owner_column: OwnerColumn = None,
+    label_column: LabelColumn = None,
+    classes: Classes = None,
+    columns: Columns = None,
+    owners: Owners = None,
+    allow_code: AllowCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare a model after forgetting with the model before and, if asked, with exact retraining.
+
+    \b
+    Examples:
+      expunge evaluate models/digits-2 --before models/digits --data mnist
+      expunge evaluate models/no-threes --before models/digits --data mnist --retrain --json
+    """
+    first, second = load_model(before, allow_code), load_model(model, allow_code)
+    columns_of = (id_column, owner_column, label_column, classes, columns, owners)
+    records, held_out = read_records(data, *columns_of)
+    if test is not None:
+        held_out = read_records(test, *columns_of)[0]
+    with progress(quiet or as_json) as show:
+        answer = compare(first, second, records, held_out, retrain=retrain, report=show)
+    if as_json:
+        print(json.dumps(answer.to_json()))
+    else:
+        print_grid(_grid(answer), console())
+
+
+def _grid(answer: Comparison) -> Grid:
+    reference = answer.table["retrain"] if answer.table is not None else None
+    lines = []
+    for row in answer.rows:
+        test = "not measured" if row.test is None else f"{row.test:.1%}"
+        attack = "not measured" if row.attack is None else f"{row.attack:.2f}"
+        gap = "not measured" if reference is None else f"{100 * row.mean_gap(reference):.2f}"
+        lines.append((row.method, row.claim, f"{row.forget:.1%}", f"{row.retain:.1%}", test, attack, gap))
+    notes = (
+        "Accuracy in percent with 95 % intervals over rows of one training; attack: AUC of a loss-threshold membership "
+        "attack, .5 is chance; gap: mean absolute difference to retraining, in points."
+    )
+    if answer.equals_retraining is not None:
+        said = "equals" if answer.equals_retraining else "does not equal"
+        notes += f" The model after {said} retraining byte for byte."
+    return Grid(
+        caption=f"{answer.removed:,} records removed",
+        headers=("model", "standing", "forget", "retain", "test", "attack", "gap"),
+        rows=tuple(lines),
+        notes=notes,
+    )
+
+
+def _made_of(trained: Trained) -> str:
+    return f"{len(trained.parts)} shards" if trained.parts else "one model"

@@ -1,0 +1,16 @@
+"""What people are shown: tables, plots, and one self-contained HTML page."""
+
+from expunge.report.page import Chapter, Grid, Report, write
+from expunge.report.plots import Point, accuracy_against_seconds, rows_as_png
+from expunge.report.text import print_grid
+
+__all__ = [
+    "Chapter",
+    "Grid",
+    "Point",
+    "Report",
+    "accuracy_against_seconds",
+    "print_grid",
+    "rows_as_png",
+    "write",
+]
