@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Protocol
 
 import safetensors
@@ -23,7 +22,6 @@ from expunge.core.errors import BadRecords, Misuse, UnreadableFile
 from expunge.core.recipe import Recipe
 
 State = Mapping[str, Tensor]
-_NO_STATE: State = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,7 +43,7 @@ class TrainingLog:
     threads: int
     losses: tuple[float, ...] = ()
     batches: tuple[tuple[str, ...], ...] = ()
-    checkpoints: Mapping[int, State] = field(default_factory=lambda: MappingProxyType({}))
+    checkpoints: Mapping[int, State] = field(default_factory=dict)
     slices: tuple[State, ...] = ()
 
 
@@ -79,7 +77,7 @@ class Trained:
     log: TrainingLog | None = None
     parts: tuple[Trained, ...] = ()
     standing: Claim = Claim.EXACT
-    secret: State = field(default_factory=lambda: _NO_STATE)
+    secret: State = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         both = self.ids & self.gone

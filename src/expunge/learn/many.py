@@ -126,7 +126,7 @@ class _Plan:
         self.steps = self.steps_in_epoch * recipe.epochs
         self.rows_read = len(records) * recipe.epochs
 
-    def window(self, start: int, count: int) -> tuple[Int[Tensor, " places"], list[float]]:
+    def window(self, start: int, count: int) -> tuple[Int[Tensor, "steps batch"], list[float]]:
         """Rows of the pool for `count` steps from `start` on, -1 where there is none, and each step's learning rate."""
         size, per_epoch = self.recipe.batch_size, self.steps_in_epoch
         places = torch.full((count, size), -1)

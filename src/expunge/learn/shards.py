@@ -59,7 +59,7 @@ class ShardSizes:
             text += (
                 f"; the largest costs {self.largest_share:.0%} of a full retraining to forget in, where 1/{count} was "
                 f"wanted (the largest owner alone holds {self.largest_owner_rows:,} rows); "
-                f"{self.suggested} shards would be even"
+                f"{self.suggested} shard{'s' if self.suggested > 1 else ''} would be even"
             )
         return text
 

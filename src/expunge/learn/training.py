@@ -95,7 +95,7 @@ def adopt(module: nn.Module, recipe: Recipe, records: Records) -> Trained:
         records: what it was trained on.
     """
     recipe = replace(recipe, model=EXTERNAL, sharding=None, dtype=_dtype_of(module)).completed(records)
-    return Trained(module=module, recipe=recipe, ids=frozenset(records.ids), standing=Claim.EXACT)
+    return Trained(module=module, recipe=recipe, ids=frozenset(records.ids), standing=Claim.NONE)
 
 
 def load(folder: str | Path) -> Trained:

@@ -8,9 +8,10 @@ from typing import ClassVar
 
 from torch import Generator, Tensor
 
+from expunge.core.errors import Misuse
 from expunge.core.protocols import Need
 from expunge.unlearn.method import Done, Method, Task
-from expunge.unlearn.steps import Steps
+from expunge.unlearn.steps import Steps, check_pace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,9 @@ class GradientAscent(Method):
     lr: float = 3e-3
     momentum: float = 0.0
     batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_pace(self)
 
     def _apply(self, task: Task, *, rng: Generator) -> Done:
         steps = Steps(task, self, weight_decay=0.0)
@@ -61,6 +65,11 @@ class NegGradPlus(Method):
     momentum: float = 0.9
     weight: float = 0.99
     batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_pace(self)
+        if not 0 <= self.weight <= 1:
+            raise Misuse(f"weight must be between 0 and 1, got {self.weight}")
 
     def _apply(self, task: Task, *, rng: Generator) -> Done:
         steps = Steps(task, self)

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from expunge.core.protocols import Need
 from expunge.unlearn.method import Done, Method, Task
-from expunge.unlearn.steps import Steps
+from expunge.unlearn.steps import Steps, check_pace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,9 @@ class FineTune(Method):
     lr: float = 0.05
     momentum: float = 0.9
     batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_pace(self)
 
     def _apply(self, task: Task, *, rng: Generator) -> Done:
         steps = Steps(task, self)

@@ -11,11 +11,11 @@ import torch
 from torch import Generator, Tensor
 
 from expunge.core import coins
-from expunge.core.errors import Unsupported
+from expunge.core.errors import Misuse, Unsupported
 from expunge.core.records import Records
 from expunge.core.trained import Trained
 from expunge.unlearn.method import Done, Method, Task
-from expunge.unlearn.steps import Steps
+from expunge.unlearn.steps import Steps, check_pace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,11 @@ class RandomLabels(Method):
     momentum: float = 0.9
     weight: float = 0.02
     batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_pace(self)
+        if not self.weight >= 0:
+            raise Misuse(f"weight must be >= 0, got {self.weight}")
 
     def supports(self, trained: Trained) -> Unsupported | None:
         """Needs at least two classes."""

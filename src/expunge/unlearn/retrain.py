@@ -9,7 +9,7 @@ from torch import Generator
 
 from expunge.core.claim import Claim, Exactness
 from expunge.core.coins import child
-from expunge.core.errors import Unsupported
+from expunge.core.errors import Misuse, Unsupported
 from expunge.core.events import Retrained
 from expunge.core.protocols import Need
 from expunge.core.trained import Trained
@@ -44,6 +44,10 @@ class Retrain(Method):
     not_guaranteed: ClassVar[str] = "that copies elsewhere are gone; other builds or thread counts give other last bits"
     coins: Literal["same", "fresh"] = "same"
 
+    def __post_init__(self) -> None:
+        if self.coins not in ("same", "fresh"):
+            raise Misuse(f'coins must be "same" or "fresh", got "{self.coins}"')
+
     @property
     def exactness(self) -> Exactness:
         """Pathwise with the same coins, in law with fresh ones."""
@@ -74,6 +78,10 @@ class RetrainBriefly(Method):
     source: ClassVar[str] = "a baseline"
     not_guaranteed: ClassVar[str] = "the accuracy of the full training, which it stops short of"
     steps: int = 100
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise Misuse(f"steps must be >= 1, got {self.steps}")
 
     def supports(self, trained: Trained) -> Unsupported | None:
         """Needs a single model that can be made anew."""

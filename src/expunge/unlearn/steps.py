@@ -25,6 +25,10 @@ class Pace(Protocol):
     """How a method steps."""
 
     @property
+    def epochs(self) -> int:
+        """Passes over its rows."""
+
+    @property
     def lr(self) -> float:
         """Learning rate."""
 
@@ -37,6 +41,19 @@ class Pace(Protocol):
         """Rows a step; None: the recipe's."""
 
 
+def check_pace(pace: Pace) -> None:
+    """Misuse, before any work, for settings with which no step can be made."""
+    checks = [
+        (isinstance(pace.epochs, int) and pace.epochs >= 1, f"epochs must be an integer >= 1, got {pace.epochs}"),
+        (0 < pace.lr < math.inf, f"the method's lr must be > 0, got {pace.lr}"),
+        (0 <= pace.momentum < 1, f"momentum must be >= 0 and < 1, got {pace.momentum}"),
+        (pace.batch_size is None or pace.batch_size >= 1, f"batch_size must be >= 1, got {pace.batch_size}"),
+    ]
+    for fine, message in checks:
+        if not fine:
+            raise Misuse(message)
+
+
 class Steps:
     """Gradient steps on a task's model: the recipe's loss and weight decay, SGD at the method's own pace.
 
@@ -45,9 +62,7 @@ class Steps:
     """
 
     def __init__(self, task: Task, pace: Pace, *, weight_decay: float | None = None) -> None:
-        """Steps on the task's model; `weight_decay` replaces the recipe's. Misuse without a learning rate above 0."""
-        if not 0 < pace.lr < math.inf:
-            raise Misuse(f"the method's lr must be > 0, got {pace.lr}")
+        """Steps on the task's model; `weight_decay` replaces the recipe's."""
         recipe = task.trained.recipe
         self.module, self.tally = task.trained.module, task.tally
         self.batch_size = pace.batch_size or recipe.batch_size
