@@ -1,5 +1,6 @@
 """Membership attacks, audits and the field's table."""
 
+from expunge.audit.answers import Answers
 from expunge.audit.metrics import Row, Table, accuracy, auc, measure, summarise, threshold_attack
 
-__all__ = ["Row", "Table", "accuracy", "auc", "measure", "summarise", "threshold_attack"]
+__all__ = ["Answers", "Row", "Table", "accuracy", "auc", "measure", "summarise", "threshold_attack"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -20,6 +20,8 @@ from expunge.learn.loop import row_losses
 from expunge.learn.predict import outputs
 
 COLUMNS = ("forget", "retain", "test", "attack")
+
+Ask = Callable[[Trained, Records], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +110,11 @@ class Table:
         return {"reference": self.reference, "rows": rows}
 
 
+def ask(trained: Trained, records: Records) -> Float[Tensor, "n outputs"]:
+    """What the model says of these rows; `answers.Answers` is the same and remembers."""
+    return outputs(trained.module, records)
+
+
 def measure(
     trained: Trained,
     forget: Records,
@@ -118,6 +125,7 @@ def measure(
     claim: str = "",
     seconds: float = 0.0,
     level: float = 0.95,
+    ask: Ask = ask,
 ) -> Row:
     """One line of the table.
 
@@ -133,6 +141,7 @@ def measure(
         claim: what is claimed of it.
         seconds: what it took.
         level: of the intervals.
+        ask: gives the model's outputs on some rows.
 
     Raises:
         Unsupported: for regression, which has no accuracy.
@@ -141,29 +150,32 @@ def measure(
     """
     if trained.recipe.loss != "cross_entropy":
         raise Unsupported("this table is of accuracies, and the model has float targets; compare losses instead")
-    seen = None if test is None else _of_classes(test, retain)
+    gone, stay = ask(trained, forget), ask(trained, retain)
+    tested = attack = None
+    if test is not None:
+        told, seen = ask(trained, test), torch.isin(test.y, retain.y.unique())
+        tested = _accuracy(told[seen], test.y[seen], level)
+        attack = _attack(trained, (gone, forget.y), (told, test.y), level)
     return Row(
         method=method,
         claim=claim,
-        forget=accuracy(trained, forget, level),
-        retain=accuracy(trained, retain, level),
-        test=None if seen is None else accuracy(trained, seen, level),
-        attack=None if test is None else threshold_attack(trained, forget, test, level),
+        forget=_accuracy(gone, forget.y, level),
+        retain=_accuracy(stay, retain.y, level),
+        test=tested,
+        attack=attack,
         seconds=seconds,
     )
 
 
-def _of_classes(records: Records, like: Records) -> Records:
-    """The records of the classes that stand in the other set."""
-    return records.select(torch.isin(records.y, like.y.unique()).nonzero().flatten().cpu())
-
-
 def accuracy(trained: Trained, records: Records, level: float = 0.95) -> Estimate:
     """Share of rows whose best class is their label, with the exact binomial interval; Misuse without rows."""
-    if not len(records):
+    return _accuracy(ask(trained, records), records.y, level)
+
+
+def _accuracy(told: Tensor, y: Tensor, level: float) -> Estimate:
+    if not len(y):
         raise Misuse("accuracy needs rows, got none; is every class of the test set forgotten?")
-    right = outputs(trained.module, records).argmax(1) == records.y
-    return proportion(int(right.sum()), len(records), level)
+    return proportion(int((told.argmax(1) == y).sum()), len(y), level)
 
 
 def threshold_attack(trained: Trained, members: Records, strangers: Records, level: float = 0.95) -> Estimate | None:
@@ -176,12 +188,19 @@ def threshold_attack(trained: Trained, members: Records, strangers: Records, lev
     Returns:
         The AUC (ties count half) with DeLong's interval, over rows of this one model; None without strangers.
     """
-    strangers = _of_classes(strangers, members)
-    if not len(members) or not len(strangers):
+    ours, theirs = ask(trained, members), ask(trained, strangers)
+    return _attack(trained, (ours, members.y), (theirs, strangers.y), level)
+
+
+def _attack(
+    trained: Trained, members: tuple[Tensor, Tensor], strangers: tuple[Tensor, Tensor], level: float
+) -> Estimate | None:
+    """The threshold attack from outputs and labels of both sides."""
+    alike = torch.isin(strangers[1], members[1].unique())
+    if not len(members[1]) or not bool(alike.any()):
         return None
     loss = row_losses(trained.recipe)
-    ours = loss(outputs(trained.module, members), members.y)
-    theirs = loss(outputs(trained.module, strangers), strangers.y)
+    ours, theirs = loss(*members), loss(strangers[0][alike], strangers[1][alike])
     return auc(-ours.double(), -theirs.double(), level)
 
 

@@ -32,6 +32,7 @@ class TrainingLog:
         steps: optimiser steps made.
         rows_read: rows read, each time counted.
         threads: CPU threads used; another number may give other last bits.
+        build: what computed it (version of torch, instruction set, device); another may give other last bits.
         losses: mean loss of each epoch, as seen while training.
         batches: ids of each step's rows in order, if asked for.
         checkpoints: parameters and buffers after step k, if asked for.
@@ -41,6 +42,7 @@ class TrainingLog:
     steps: int
     rows_read: int
     threads: int
+    build: str = ""
     losses: tuple[float, ...] = ()
     batches: tuple[tuple[str, ...], ...] = ()
     checkpoints: Mapping[int, State] = field(default_factory=dict)
@@ -121,6 +123,7 @@ class Trained:
                 "steps": self.log.steps,
                 "rows_read": self.log.rows_read,
                 "threads": self.log.threads,
+                "build": self.log.build,
                 "losses": list(self.log.losses),
                 "batches": [list(batch) for batch in self.log.batches],
                 "checkpoints": sorted(self.log.checkpoints),
@@ -247,6 +250,7 @@ def _read_log(folder: Path, data: Mapping[str, Any] | None) -> TrainingLog | Non
         steps=data["steps"],
         rows_read=data["rows_read"],
         threads=data["threads"],
+        build=data["build"],
         losses=tuple(data["losses"]),
         batches=tuple(tuple(batch) for batch in data["batches"]),
         checkpoints={step: read_state(folder / f"checkpoint-{step}.safetensors") for step in data["checkpoints"]},

@@ -30,7 +30,10 @@ class ShardEnsemble(nn.Module):
 
     def forward(self, x: Tensor) -> Float[Tensor, "batch outputs"]:
         """Log vote shares, log mean probabilities or mean outputs."""
-        answers = torch.stack([part(x) for part in self.parts])
+        return self.combine(torch.stack([part(x) for part in self.parts]))
+
+    def combine(self, answers: Float[Tensor, "parts batch outputs"]) -> Float[Tensor, "batch outputs"]:
+        """What the ensemble answers when its parts have answered this, in their order."""
         if self.loss == "mse":
             return answers.mean(0)
         if self.aggregate == "mean":

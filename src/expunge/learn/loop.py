@@ -7,7 +7,9 @@ order of the rows in the set, and the rows that are not in it, change nothing.
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +49,23 @@ class Keep:
 
 
 NOTHING = Keep()
+
+
+def build_name(device: torch.device) -> str:
+    """What computes: trainings are the same bytes only on the same version of torch, instruction set and device."""
+    kernels = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return f"torch {torch.__version__} {platform.machine()} {kernels}"
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Within: torch computes with so many CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def prepare(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -180,6 +199,7 @@ class _Run:
             steps=self.at.step,
             rows_read=self._rows_read(),
             threads=torch.get_num_threads(),
+            build=build_name(self.records.device),
             losses=tuple(self.losses),
             batches=tuple(self._batch_ids()) if self.keep.batches else (),
             checkpoints=self.checkpoints,

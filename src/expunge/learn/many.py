@@ -20,7 +20,7 @@ from expunge.core.recipe import Recipe
 from expunge.core.records import Records
 from expunge.core.trained import Trained, TrainingLog
 from expunge.learn.build import build
-from expunge.learn.loop import Report, Tally, prepare, reading_order, row_losses
+from expunge.learn.loop import Report, Tally, build_name, prepare, reading_order, row_losses
 from expunge.learn.models import has_batch_norm, has_dropout
 from expunge.learn.stacked import Parameters, Update, stack_of
 
@@ -70,14 +70,20 @@ def train_many(
     ranked = sorted(range(len(seeds)), key=lambda k: -len(subsets[k]))
     pool, tally = _Pool.of(subsets), tally or Tally()
     answer: dict[int, Trained] = {}
-    for start in range(0, len(ranked), chunk):
-        members = ranked[start : start + chunk]
+    even = math.ceil(len(ranked) / math.ceil(len(ranked) / chunk))
+    for start in range(0, len(ranked), even):
+        members = ranked[start : start + even]
         plans = [_Plan(replace(recipe, seed=seeds[k]), subsets[k], pool) for k in members]
         _Chunk([models[k] for k in members], plans, pool, report).train()
         for k, plan in zip(members, plans, strict=True):
             tally.gradients += plan.rows_read
             tally.rows_read += plan.rows_read
-            log = TrainingLog(steps=plan.steps, rows_read=plan.rows_read, threads=torch.get_num_threads())
+            log = TrainingLog(
+                steps=plan.steps,
+                rows_read=plan.rows_read,
+                threads=torch.get_num_threads(),
+                build=build_name(pool.x.device),
+            )
             ids = frozenset(subsets[k].ids)
             answer[k] = Trained(module=models[k].eval(), recipe=plan.recipe, ids=ids, log=log)
     return [answer[k] for k in range(len(seeds))]
@@ -168,15 +174,15 @@ class _Chunk:
         active = [sum(plan.steps > step for plan in self.plans) for step in range(start, start + count)]
         windows = [plan.window(start, count) for plan in self.plans[: active[0]]]
         places = torch.stack([window[0] for window in windows], dim=1)
-        rates = torch.tensor([window[1] for window in windows], dtype=torch.float64).T
-        full = (places >= 0).all(2)
+        rates = list(zip(*(window[1] for window in windows), strict=True))
+        partial = (places < 0).any(2).any(1).tolist()
         leaves: dict[str, Tensor] = {}
         for step, models in enumerate(active):
             if not leaves or models != active[step - 1]:
                 leaves = self.stack.leaves(models)
             now = places[step, :models]
-            weights = None if bool(full[step, :models].all()) else _weights(now).to(self.dtype)
-            self.update(leaves, self._gradients(leaves, now, weights), _common(rates[step, :models]))
+            grads = self._gradients(leaves, now, _weights(now) if partial[step] else None)
+            self.update(leaves, grads, _common(rates[step][:models]))
 
     def _gradients(
         self,
@@ -188,7 +194,7 @@ class _Chunk:
         x = prepare(self.pool.x.index_select(0, flat), self.dtype).unflatten(0, places.shape)
         y = self.pool.y.index_select(0, flat.to(self.pool.y.device))
         losses = self.losses(self.stack.forward(leaves, x).flatten(0, 1), y)
-        flat_weights = None if weights is None else weights.flatten().to(losses.device)
+        flat_weights = None if weights is None else weights.flatten().to(losses)
         mean = losses.sum() / places.shape[1] if flat_weights is None else losses.dot(flat_weights)
         return list(torch.autograd.grad(mean, list(leaves.values())))
 
@@ -199,6 +205,5 @@ def _weights(places: Int[Tensor, "models batch"]) -> Float[Tensor, "models batch
     return there / there.sum(1, keepdim=True)
 
 
-def _common(rates: Float[Tensor, " models"]) -> Float[Tensor, " models"] | float:
-    first = float(rates[0])
-    return first if bool((rates == first).all()) else rates
+def _common(rates: Sequence[float]) -> Float[Tensor, " models"] | float:
+    return rates[0] if len(set(rates)) == 1 else torch.tensor(rates, dtype=torch.float64)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from expunge.core.recipe import Recipe, Sharding
@@ -20,7 +21,7 @@ from expunge.core.records import Records
 from expunge.core.trained import State, Trained, TrainingLog, copy_state
 from expunge.learn.build import build
 from expunge.learn.engine import LOCAL, Engine
-from expunge.learn.loop import NOTHING, Keep, Report, Tally, fit
+from expunge.learn.loop import NOTHING, Keep, Report, Tally, fit, threads
 from expunge.learn.resume import Saver
 
 
@@ -112,12 +113,18 @@ class _Job:
     records: Records
     from_slice: int = 0
     kept: tuple[State, ...] = ()
+    threads: int | None = None
     keep: Keep = NOTHING
     saver: Saver | None = None
     report: Report | None = None
 
 
 def _train_part(job: _Job, tally: Tally) -> Trained:
+    with threads(job.threads or torch.get_num_threads()):
+        return _trained_part(job, tally)
+
+
+def _trained_part(job: _Job, tally: Tally) -> Trained:
     module = build(job.recipe)
     module.to(job.records.device)
     ids = frozenset(job.records.ids)
@@ -162,6 +169,7 @@ def _joined(logs: list[TrainingLog], slices: tuple[State, ...]) -> TrainingLog:
         steps=steps,
         rows_read=sum(log.rows_read for log in logs),
         threads=logs[0].threads,
+        build=logs[0].build,
         losses=tuple(loss for log in logs for loss in log.losses),
         batches=tuple(batches),
         checkpoints=checkpoints,
@@ -205,6 +213,8 @@ def retrain_shards(
 ) -> Trained:
     """Train the touched shards again on their rows in `retain`, and leave the others as they are.
 
+    With the thread count that the others were trained with, whatever it is now: else the bytes would be a mixture.
+
     Args:
         trained: a sharded model.
         retain: all rows that stay.
@@ -214,6 +224,7 @@ def retrain_shards(
     """
     recipe, sharding = trained.recipe, _sharding(trained.recipe)
     rows = shards_of(retain, sharding)
+    used = {part.log.threads for part in trained.parts if part.log is not None}
     jobs = []
     for index, from_slice in sorted(touched.items()):
         log = trained.parts[index].log
@@ -228,6 +239,7 @@ def retrain_shards(
                 records=rows[index],
                 from_slice=clean,
                 kept=kept,
+                threads=min(used) if used else None,
                 keep=keep if clean == 0 else NOTHING,
             )
         )

@@ -11,7 +11,8 @@ from expunge.core.claim import Claim, Exactness
 from expunge.core.errors import Unsupported
 from expunge.core.events import Event, Retrained
 from expunge.core.protocols import Need
-from expunge.core.trained import Trained
+from expunge.core.trained import Trained, device_of
+from expunge.learn.loop import build_name
 from expunge.learn.shards import first_unclean_slices, retrain_shards
 from expunge.unlearn.method import Done, Method, Task
 
@@ -42,6 +43,14 @@ class Sisa(Method):
             return Unsupported("sisa needs a model trained in shards, and this one is whole; use retrain")
         if trained.standing is not Claim.EXACT:
             return Unsupported("sisa keeps untouched shards, and these are no longer the trained ones; use retrain")
+        return self._other_build(trained)
+
+    def _other_build(self, trained: Trained) -> Unsupported | None:
+        """Shards of two builds together are the bytes of neither."""
+        here = build_name(device_of(trained.module))
+        for part in trained.parts:
+            if part.log is not None and part.log.build != here:
+                return Unsupported(f"these shards were trained by {part.log.build}, and this is {here}; use retrain")
         return None
 
     def _apply(self, task: Task, *, rng: Generator) -> Done:

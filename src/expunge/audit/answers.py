@@ -1,0 +1,66 @@
+"""What models say of the rows of a few fixed sets, asked once a model and remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from expunge.core.records import Records
+from expunge.core.trained import Trained
+from expunge.learn.ensemble import ShardEnsemble
+from expunge.learn.predict import outputs
+
+
+class Answers:
+    """Outputs of models on whole sets and on their selections: each model is asked once for each whole set.
+
+    The shards of an ensemble are asked one by one, so that those which two ensembles share, as those before and after
+    a removal do, are asked once too. For models that nobody writes to. A model that is dropped is forgotten here.
+
+    Cost: one forward pass of a whole set for each module not seen before, and its outputs in memory.
+    """
+
+    def __init__(self, *sets: Records) -> None:
+        """Remember outputs on these sets, none a selection of another."""
+        self._sets = sets
+        self._known: tuple[WeakKeyDictionary[nn.Module, Tensor], ...] = tuple(WeakKeyDictionary() for _ in sets)
+
+    def __call__(self, trained: Trained, records: Records) -> Float[Tensor, "n outputs"]:
+        """What the model says of these rows; asked anew if they are of none of the sets."""
+        for whole, known in zip(self._sets, self._known, strict=True):
+            rows = _places(records, whole)
+            if rows is not None:
+                return _told(trained.module, whole, known, rows)
+        return outputs(trained.module, records)
+
+
+def _places(records: Records, whole: Records) -> Tensor | None:
+    if records.streamed or whole.streamed or records.shared()[0] is not whole.shared()[0]:
+        return None
+    return records.shared()[1]
+
+
+def _told(module: nn.Module, whole: Records, known: WeakKeyDictionary[nn.Module, Tensor], rows: Tensor) -> Tensor:
+    parts = list(module.parts) if isinstance(module, ShardEnsemble) else [module]
+    new = [part for part in parts if part not in known]
+    if new:
+        told = outputs(_Together(new), whole)
+        known.update((part, told[:, place].clone()) for place, part in enumerate(new))
+    answers = torch.stack([known[part][rows] for part in parts])
+    return module.combine(answers) if isinstance(module, ShardEnsemble) else answers[0]
+
+
+class _Together(nn.Module):
+    """Several modules that read each batch one after the other: (batch, modules, outputs)."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(modules)
+
+    def forward(self, x: Tensor) -> Float[Tensor, "batch modules outputs"]:
+        """All answers side by side."""
+        return torch.stack([part(x) for part in self.parts], 1)
