@@ -66,12 +66,15 @@ def compare(
         report: hears of the progress of that training.
 
     Raises:
-        Misuse: if nothing was removed in between.
-        UnknownRecord: if `records` lacks rows that were removed.
+        Misuse: if nothing was removed in between, or the models are not of one lineage.
+        UnknownRecord: if `records` lacks rows that were removed, or that the model after stands on.
     """
     removed = after.gone - before.gone
-    if not removed:
+    if not removed or not before.gone <= after.gone:
         raise Misuse("no record was removed between these two models; is the order before, after?")
+    if not before.ids - removed <= after.ids:
+        raise Misuse("these two models are not of one lineage: the one after lacks records that were not removed")
+    records.positions(sorted(after.ids))  # all must be here, or retraining would be on less than the model stands on
     forget = records.take(sorted(removed))
     retain = records.where(lambda record_id, _: record_id in after.ids)
     models = [("before", before, 0.0), ("after", after, 0.0)]

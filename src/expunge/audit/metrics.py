@@ -167,7 +167,7 @@ def measure(
     )
 
 
-def accuracy(trained: Trained, records: Records, level: float = 0.95) -> Estimate:
+def accuracy(trained: Trained, records: Records, level: float = 0.95, *, ask: Ask = ask) -> Estimate:
     """Share of rows whose best class is their label, with the exact binomial interval; Misuse without rows."""
     return _accuracy(ask(trained, records), records.y, level)
 

@@ -5,8 +5,12 @@ Exit codes: 0 done; 1 done, and the answer is bad; 2 misuse; 3 unsupported here;
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Annotated
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, NoReturn
 
 import click
 import typer
@@ -32,19 +36,37 @@ for _command in (demo, train, forget, evaluate, records, methods):
 def main() -> None:
     """Run the command line; every expected error ends in one line on standard error and its exit code."""
     try:
-        code = app(standalone_mode=False)
+        with _warnings_of_one_line():
+            code = app(standalone_mode=False)
+            sys.stdout.flush()
     except ExpungeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        print("error: interrupted; nothing is half-written, run the same command again", file=sys.stderr)
-        sys.exit(4)
+        _fail("interrupted; nothing is half-written, so run the same command again", 4)
     except click.ClickException as error:
-        print(f"error: {error.format_message()}", file=sys.stderr)
-        sys.exit(2)
+        context = getattr(error, "ctx", None)
+        _fail(f"{error.format_message().rstrip('.')}; see: {context.command_path if context else 'expunge'} --help", 2)
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        _fail(f"{error.filename or 'a file'} cannot be read or written ({error.strerror or error}); check the path", 2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+@contextmanager
+def _warnings_of_one_line() -> Iterator[None]:
+    """Within: a warning is one line without the place in the code that it came from."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        yield
 
 
 @app.callback(invoke_without_command=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from expunge import datasets
 from expunge.core.errors import Misuse, UnreadableFile
@@ -63,7 +64,7 @@ def read_records(
         raise UnreadableFile(f'"{data}" is no file, folder or data set; data sets are {", ".join(datasets.names())}')
     options: dict[str, Any] = dict(given)
     if classes is not None:
-        options["classes"] = int(classes) if classes.isdigit() else classes.split(",")
+        options["classes"] = int(classes) if classes.isdecimal() else classes.split(",")
     if columns is not None:
         options.update(_json_object(columns))
     return datasets.load_records(data, **options), None
@@ -80,7 +81,12 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def make_recipe(
-    path: Path | None, asked: Mapping[str, Any], lr: float | None, shards: int | None, slices: int, records: Records
+    path: Path | None,
+    asked: Mapping[str, Any],
+    lr: float | None,
+    shards: int | None,
+    slices: int | None,
+    records: Records,
 ) -> Recipe:
     """The recipe of a file, of the options, or of both, the options first."""
     given = {name: value for name, value in asked.items() if value is not None}
@@ -91,11 +97,12 @@ def make_recipe(
         recipe = Recipe(**{"model": "mlp", "loss": loss, **given})
     if lr is not None:
         recipe = replace(recipe, optimiser_args={**recipe.optimiser_args, "lr": lr})
-    if shards is not None:
-        recipe = replace(recipe, sharding=Sharding(shards=shards, slices=slices))
-    elif slices != 1:
-        raise Misuse("--slices cuts shards and needs --shards")
-    return recipe
+    cut = {name: value for name, value in (("shards", shards), ("slices", slices)) if value is not None}
+    if recipe.sharding is not None:
+        return replace(recipe, sharding=replace(recipe.sharding, **cut))
+    if "slices" in cut and "shards" not in cut:
+        raise Misuse("--slices cuts shards; give --shards too, or a recipe with sharding")
+    return replace(recipe, sharding=Sharding(**cut)) if cut else recipe
 
 
 def make_request(record: list[str] | None, ids_file: Path | None, owner: str | None, label: int | None) -> Request:
@@ -103,9 +110,12 @@ def make_request(record: list[str] | None, ids_file: Path | None, owner: str | N
     named = list(record or [])
     if ids_file is not None:
         try:
-            named += [line.strip() for line in ids_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            listed = [line.strip() for line in ids_file.read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UnreadableFile(f"{ids_file} cannot be read ({error}); give a text file, one id a line") from None
+        if not listed:
+            raise UnreadableFile(f"{ids_file} names no record; write one id a line")
+        named += listed
     ways = [bool(named), owner is not None, label is not None]
     if sum(ways) != 1:
         raise Misuse("say what to forget in one way: --id (or --ids-file), --owner or --class")
@@ -127,23 +137,32 @@ def make_method(word: str, settings: Sequence[str], trained: Trained) -> Method:
         name, equals, value = text.partition("=")
         if not equals or name not in known:
             raise Misuse(f'{word} has no setting "{text}"; it has {", ".join(known) or "none"}, given as name=value')
-        chosen[name] = _typed(name, value, known[name])
+        if name in chosen:
+            raise Misuse(f"--set {name} is given twice; give it once")
+        chosen[name] = _typed(name, value, known[name], get_type_hints(kind)[name])
     return kind(**chosen)
 
 
-def _typed(name: str, value: str, default: Any) -> Any:
+def _typed(name: str, value: str, default: Any, hint: Any) -> Any:
     kind = int if default is None else type(default)
+    if get_origin(hint) is Literal and value not in get_args(hint):
+        raise Misuse(f"{name} must be one of {', '.join(get_args(hint))}, got {value}")
     try:
         return kind(value)
     except ValueError:
-        raise Misuse(f"{name} must be of type {kind.__name__}, got {value}") from None
+        what = "a whole number" if kind is int else "a number"
+        raise Misuse(f'{name} must be {what}, got "{value}"') from None
 
 
 def load_model(folder: Path, allowed: bool) -> Trained:
     """The model saved in this folder; code that its recipe names runs only if allowed."""
-    if allowed and (folder / "trained.json").is_file():
-        about = json.loads((folder / "trained.json").read_text(encoding="utf-8"))
-        allow_named_code(Recipe.from_json(about.get("recipe", {})), allowed)
+    if allowed:
+        try:
+            about = json.loads((folder / "trained.json").read_text(encoding="utf-8"))
+            recipe = Recipe.from_json(about["recipe"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return load(folder)  # says what is wrong with it
+        allow_named_code(recipe, allowed)
     return load(folder)
 
 
@@ -155,6 +174,9 @@ def allow_named_code(recipe: Recipe, allowed: bool) -> None:
 
 
 def refuse_existing(out: Path) -> None:
-    """Misuse if the folder to write is there already."""
+    """Misuse if the folder to write is there already, or cannot be made."""
     if out.exists():
         raise Misuse(f"{out} is there already; name a new folder, or remove it first")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise Misuse(f"{out} cannot be made, for {above} is not a folder that can be written to; name another")

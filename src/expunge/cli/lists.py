@@ -11,6 +11,7 @@ import typer
 
 from expunge.cli.inputs import METHODS, read_records
 from expunge.cli.options import Classes, Columns, Data, IdColumn, Json, LabelColumn, OwnerColumn
+from expunge.core.errors import Misuse
 
 
 def records(
@@ -31,7 +32,10 @@ def records(
       expunge records --data mnist --owners
       expunge records --data customers.csv --id-column id --label-column churned --limit 0 --json
     """
+    if limit < 0:
+        raise Misuse(f"--limit must be >= 0, got {limit}")
     found = read_records(data, id_column, owner_column, label_column, classes, columns, None)[0]
+    lines: list[dict[str, Any]]
     if by_owner:
         held = sorted(Counter(found.owners).items())
         lines = [{"owner": owner, "records": count} for owner, count in held]
@@ -42,9 +46,11 @@ def records(
     if as_json:
         print(json.dumps({"data": data, "count": len(lines), "shown": shown}))
         return
-    print(repr(found))
-    for line in shown:
-        print("  ".join(str(value) for value in line.values()))
+    kind = "float targets" if found.classes is None else f"{found.classes} classes"
+    print(f"{data}: {len(found):,} records of {len(set(found.owners)):,} owners, rows of shape {found.shape}, {kind}\n")
+    widths = {name: max(len(str(line[name])) for line in [*shown, {name: name}]) for name in lines[0]}
+    for line in [{name: name for name in widths}, *shown]:
+        print("  ".join(f"{line[name]:<{width}}" for name, width in widths.items()).rstrip())
     if len(shown) < len(lines):
         print(f"... {len(lines) - len(shown):,} more; --limit 0 lists all")
 

@@ -32,6 +32,7 @@ from expunge.cli.options import (
     Seed,
 )
 from expunge.cli.output import console, progress, say
+from expunge.core.claim import Claim
 from expunge.core.coins import generator
 from expunge.core.trained import Trained
 from expunge.learn import training
@@ -47,9 +48,9 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Passes over the records.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Records a step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Start of all coins.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all randomness.")] = None,
     shards: Annotated[int | None, typer.Option(help="Train this many shards (SISA) instead of one model.")] = None,
-    slices: Annotated[int, typer.Option(help="Slices of each shard.")] = 1,
+    slices: Annotated[int | None, typer.Option(help="Slices of each shard (1).")] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder to save into and to go on from after a break.")] = None,
     id_column: IdColumn = None,
     owner_column: OwnerColumn = None,
@@ -154,7 +155,7 @@ def evaluate(
     allow_code: AllowCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
-) -> None:
+) -> int:
     """Compare a model after forgetting with the model before and, if asked, with exact retraining.
 
     \b
@@ -173,6 +174,8 @@ def evaluate(
         print(json.dumps(answer.to_json()))
     else:
         print_grid(_grid(answer), console())
+    refuted = second.standing is Claim.EXACT and answer.equals_retraining is False
+    return 1 if refuted else 0
 
 
 def _grid(answer: Comparison) -> Grid:
@@ -182,14 +185,15 @@ def _grid(answer: Comparison) -> Grid:
         test = "not measured" if row.test is None else f"{row.test:.1%}"
         attack = "not measured" if row.attack is None else f"{row.attack:.2f}"
         gap = "not measured" if reference is None else f"{100 * row.mean_gap(reference):.2f}"
+        gap = "(ref.)" if row is reference else gap
         lines.append((row.method, row.claim, f"{row.forget:.1%}", f"{row.retain:.1%}", test, attack, gap))
     notes = (
-        "Accuracy in percent with 95 % intervals over rows of one training; attack: AUC of a loss-threshold membership "
-        "attack, .5 is chance; gap: mean absolute difference to retraining, in points."
+        "Accuracy in percent with 95 % intervals over rows of one training. attack: AUC of a loss-threshold membership "
+        "attack on the removed rows, 0.5 is chance. gap: mean absolute difference to retraining, in points."
     )
     if answer.equals_retraining is not None:
         said = "equals" if answer.equals_retraining else "does not equal"
-        notes += f" The model after {said} retraining byte for byte."
+        notes += f"\nThe model after {said} retraining byte for byte."
     return Grid(
         caption=f"{answer.removed:,} records removed",
         headers=("model", "standing", "forget", "retain", "test", "attack", "gap"),

@@ -9,7 +9,7 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-Seed = Annotated[int, typer.Option(help="Start of all coins.")]
+Seed = Annotated[int, typer.Option(help="Seed of all randomness.")]
 Data = Annotated[str, typer.Option(help="A data set's name, a .csv or .parquet file, or a folder (.npy, IDX, CIFAR).")]
 IdColumn = Annotated[str | None, typer.Option("--id-column", help="Tables: the column that names each record.")]
 OwnerColumn = Annotated[str | None, typer.Option("--owner-column", help="Tables: the column that names each owner.")]

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 
 def say(as_json: bool, about: Mapping[str, Any], text: str) -> None:
     """Print the one object, or the text."""
     print(json.dumps(about) if as_json else text)
+
+
+def outline(lines: Iterable[Sequence[str]]) -> Table:
+    """Lines of words in columns, the last of which wraps below itself."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for line in lines:
+        table.add_row(*map(Text, line))
+    return table
 
 
 def console() -> Console:

@@ -22,7 +22,7 @@ from expunge.core.trained import Trained, TrainingLog
 from expunge.learn.build import build
 from expunge.learn.loop import Report, Tally, build_name, prepare, reading_order, row_losses
 from expunge.learn.models import has_batch_norm, has_dropout
-from expunge.learn.stacked import Parameters, Update, stack_of
+from expunge.learn.stacked import Gradient, Update, stack_of
 
 _CACHE_BYTES = 3 << 20
 _WINDOW = 1 << 22
@@ -176,27 +176,20 @@ class _Chunk:
         places = torch.stack([window[0] for window in windows], dim=1)
         rates = list(zip(*(window[1] for window in windows), strict=True))
         partial = (places < 0).any(2).any(1).tolist()
-        leaves: dict[str, Tensor] = {}
         for step, models in enumerate(active):
-            if not leaves or models != active[step - 1]:
-                leaves = self.stack.leaves(models)
-            now = places[step, :models]
-            grads = self._gradients(leaves, now, _weights(now) if partial[step] else None)
-            self.update(leaves, grads, _common(rates[step][:models]))
+            grads = self._gradients(places[step, :models], partial=partial[step])
+            self.update(models, grads, _common(rates[step][:models]))
 
-    def _gradients(
-        self,
-        leaves: Parameters,
-        places: Int[Tensor, "models batch"],
-        weights: Float[Tensor, "models batch"] | None,
-    ) -> list[Tensor]:
+    def _gradients(self, places: Int[Tensor, "models batch"], *, partial: bool) -> dict[str, Gradient]:
         flat = places.clamp_min(0).flatten().to(self.pool.x.device)
         x = prepare(self.pool.x.index_select(0, flat), self.dtype).unflatten(0, places.shape)
         y = self.pool.y.index_select(0, flat.to(self.pool.y.device))
-        losses = self.losses(self.stack.forward(leaves, x).flatten(0, 1), y)
-        flat_weights = None if weights is None else weights.flatten().to(losses)
-        mean = losses.sum() / places.shape[1] if flat_weights is None else losses.dot(flat_weights)
-        return list(torch.autograd.grad(mean, list(leaves.values())))
+
+        def loss(outputs: Tensor) -> Tensor:
+            losses = self.losses(outputs.flatten(0, 1), y)
+            return losses.dot(_weights(places).flatten().to(losses)) if partial else losses.sum() / places.shape[1]
+
+        return self.stack.gradients(len(places), x, loss)
 
 
 def _weights(places: Int[Tensor, "models batch"]) -> Float[Tensor, "models batch"]:

@@ -8,19 +8,34 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.optim.sgd import sgd
 
 from expunge.core.recipe import Recipe
 from expunge.learn.networks import Network
 
 Parameters = Mapping[str, Tensor]
+Loss = Callable[[Tensor], Tensor]
 _ELEMENTWISE = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.Softplus, nn.Identity)
+
+
+class Product(NamedTuple):
+    """A weight gradient not yet multiplied out: rows (models, batch, in) and output gradients (models, batch, out)."""
+
+    rows: Tensor
+    grads: Tensor
+
+    def dense(self) -> Tensor:
+        """(models, in, out) the gradient itself."""
+        return torch.bmm(self.rows.transpose(1, 2), self.grads)
+
+
+Gradient = Tensor | Product
 
 
 class Stack(ABC):
@@ -28,13 +43,15 @@ class Stack(ABC):
 
     parameters: dict[str, Tensor]
 
-    def leaves(self, models: int) -> dict[str, Tensor]:
-        """The first so many models' parameters as autograd leaves that share their memory."""
-        return {name: value[:models].detach().requires_grad_() for name, value in self.parameters.items()}
-
     @abstractmethod
-    def forward(self, parameters: Parameters, x: Tensor) -> Float[Tensor, "models batch outputs"]:
-        """Outputs of each model for its own rows (models, batch, ...)."""
+    def gradients(self, models: int, x: Tensor, loss: Loss) -> dict[str, Gradient]:
+        """Gradients of the first so many models' parameters.
+
+        Args:
+            models: how many.
+            x: each one's own rows (models, batch, ...).
+            loss: from outputs (models, batch, outputs) to one number, a sum over the models.
+        """
 
     @abstractmethod
     def write_back(self, models: list[nn.Module]) -> None:
@@ -56,10 +73,11 @@ class VmapStack(Stack):
         self.parameters = {name: value.to(device) for name, value in _stacked(models).items()}
         self._run = vmap(lambda parameters, rows: functional_call(module, parameters, (rows,)))
 
-    def forward(self, parameters: Parameters, x: Tensor) -> Float[Tensor, "models batch outputs"]:
+    def gradients(self, models: int, x: Tensor, loss: Loss) -> dict[str, Gradient]:
         """See `Stack`."""
-        outputs: Tensor = self._run(dict(parameters), x)
-        return outputs
+        leaves = {name: value[:models].detach().requires_grad_() for name, value in self.parameters.items()}
+        grads = torch.autograd.grad(loss(self._run(leaves, x)), list(leaves.values()))
+        return dict(zip(leaves, grads, strict=True))
 
     def write_back(self, models: list[nn.Module]) -> None:
         """See `Stack`."""
@@ -69,8 +87,8 @@ class VmapStack(Stack):
 class LineStack(Stack):
     """A line of linear and elementwise layers on flat rows: each linear layer is one batched matrix product.
 
-    Weights are kept as (models, in, out), so that their gradients, which come out as (rows' transpose times output
-    gradients), lie in memory as the weights do: otherwise the update takes four times as long.
+    Weights are kept as (models, in, out), which is how their gradients come out of the product, and the product is left
+    to the update, which can multiply it straight into the velocity: memory traffic is what the time goes into.
     """
 
     def __init__(self, models: list[nn.Module], line: list[nn.Module], device: torch.device) -> None:
@@ -79,18 +97,36 @@ class LineStack(Stack):
         self._steps = [(f"{names[id(layer)]}.".lstrip("."), layer) for layer in line]
         self.parameters = {name: value.to(device) for name, value in self._turned(_stacked(models)).items()}
 
-    def forward(self, parameters: Parameters, x: Tensor) -> Float[Tensor, "models batch outputs"]:
-        """See `Stack`."""
+    def gradients(self, models: int, x: Tensor, loss: Loss) -> dict[str, Gradient]:
+        """Backpropagation, the linear layers by hand and everything between them by autograd."""
+        inputs, outputs, activated = [], [], []
         hidden = x.flatten(2)
         for prefix, layer in self._steps:
-            if not isinstance(layer, nn.Linear):
-                hidden = layer(hidden)
-            elif layer.bias is None:
-                hidden = torch.bmm(hidden, parameters[f"{prefix}weight"])
+            if isinstance(layer, nn.Linear):
+                activated.append(hidden)
+                inputs.append(hidden.detach())
+                hidden = self._linear(prefix, inputs[-1], models).requires_grad_()
+                outputs.append((prefix, hidden))
             else:
-                bias = parameters[f"{prefix}bias"].unsqueeze(1)
-                hidden = torch.baddbmm(bias, hidden, parameters[f"{prefix}weight"])
-        return hidden
+                hidden = layer(hidden)
+        (grad,) = torch.autograd.grad(loss(hidden), [outputs[-1][1]])
+        found: dict[str, Gradient] = {}
+        for place in reversed(range(len(outputs))):
+            prefix = outputs[place][0]
+            found[f"{prefix}weight"] = Product(inputs[place], grad)
+            if f"{prefix}bias" in self.parameters:
+                found[f"{prefix}bias"] = grad.sum(1)
+            if place:
+                back = torch.bmm(grad, self.parameters[f"{prefix}weight"][:models].transpose(1, 2))
+                (grad,) = torch.autograd.grad(activated[place], [outputs[place - 1][1]], back)
+        return {name: found[name] for name in self.parameters}
+
+    @torch.no_grad()
+    def _linear(self, prefix: str, rows: Tensor, models: int) -> Tensor:
+        weight = self.parameters[f"{prefix}weight"][:models]
+        if f"{prefix}bias" not in self.parameters:
+            return torch.bmm(rows, weight)
+        return torch.baddbmm(self.parameters[f"{prefix}bias"][:models].unsqueeze(1), rows, weight)
 
     def write_back(self, models: list[nn.Module]) -> None:
         """See `Stack`."""
@@ -134,63 +170,52 @@ class Update:
 
     def __init__(self, recipe: Recipe, stacked: Parameters) -> None:
         """Start with all memory at zero."""
-        self.recipe, args = recipe, recipe.optimiser_args
+        args = recipe.optimiser_args
+        self.stacked, self.decay, self.adam = stacked, recipe.weight_decay, recipe.optimiser == "adam"
         self.momentum, self.nesterov = float(args.get("momentum", 0.0)), bool(args.get("nesterov", False))
         self.betas: tuple[float, float] = tuple(args.get("betas", (0.9, 0.999)))
         self.eps = float(args.get("eps", 1e-8))
-        self.first = [torch.zeros_like(value) for value in stacked.values()]
-        self.second = [torch.zeros_like(value) for value in stacked.values()] if recipe.optimiser == "adam" else []
+        self.first = {name: torch.zeros_like(value) for name, value in stacked.items()}
+        self.second = {name: torch.zeros_like(value) for name, value in stacked.items()} if self.adam else {}
         self.steps = 0
 
     @torch.no_grad()
-    def __call__(self, leaves: Parameters, grads: list[Tensor], rates: Float[Tensor, " models"] | float) -> None:
-        """One step of the first ``len(leaf)`` models; `rates` is one number if all have the same."""
+    def __call__(self, models: int, grads: Mapping[str, Gradient], rates: Float[Tensor, " models"] | float) -> None:
+        """One step of the first so many models; `rates` is one number if all have the same."""
         self.steps += 1
-        values = list(leaves.values())
-        if isinstance(rates, float) and self.recipe.optimiser == "sgd":
-            self._fused(values, grads, rates)
-            return
-        if self.recipe.weight_decay:
-            grads = list(torch._foreach_add(grads, values, alpha=self.recipe.weight_decay))
-        active = len(values[0])
-        direct = self._adam if self.recipe.optimiser == "adam" else self._sgd
-        directions = direct([memory[:active] for memory in self.first], grads)
-        if isinstance(rates, float):
-            torch._foreach_sub_(values, directions, alpha=rates)
-            return
-        for value, direction in zip(values, directions, strict=True):
-            value.addcmul_(direction, rates.to(value).view(-1, *[1] * (value.dim() - 1)), value=-1)
+        for name, grad in grads.items():
+            value, memory = self.stacked[name][:models], self.first[name][:models]
+            if self.adam:
+                direction = self._adam(value, grad, memory, self.second[name][:models])
+            else:
+                direction = self._sgd(value, grad, memory)
+            if isinstance(rates, float):
+                value.sub_(direction, alpha=rates)
+            else:
+                value.addcmul_(direction, rates.to(value).view(-1, *[1] * (value.dim() - 1)), value=-1)
 
-    def _fused(self, values: list[Tensor], grads: list[Tensor], rate: float) -> None:
-        """torch's own step, one pass over memory instead of three. It takes for granted that layouts agree."""
-        active = len(values[0])
-        sgd(
-            values,
-            [grad.contiguous() for grad in grads],
-            [memory[:active] for memory in self.first] if self.momentum else [None] * len(values),
-            fused=True,
-            weight_decay=self.recipe.weight_decay,
-            momentum=self.momentum,
-            lr=rate,
-            dampening=0.0,
-            nesterov=self.nesterov,
-            maximize=False,
-        )
+    def _sgd(self, value: Tensor, grad: Gradient, velocity: Tensor) -> Tensor:
+        if not self.momentum or self.nesterov:
+            dense = self._dense(value, grad)
+            if not self.momentum:
+                return dense
+            velocity.mul_(self.momentum).add_(dense)
+            return dense.add(velocity, alpha=self.momentum)
+        if isinstance(grad, Product):
+            velocity.baddbmm_(grad.rows.transpose(1, 2), grad.grads, beta=self.momentum)
+        else:
+            velocity.mul_(self.momentum).add_(grad)
+        return velocity.add_(value, alpha=self.decay) if self.decay else velocity
 
-    def _sgd(self, velocity: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        if not self.momentum:
-            return grads
-        torch._foreach_mul_(velocity, self.momentum)
-        torch._foreach_add_(velocity, grads)
-        return list(torch._foreach_add(grads, velocity, alpha=self.momentum)) if self.nesterov else velocity
-
-    def _adam(self, mean: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    def _adam(self, value: Tensor, grad: Gradient, mean: Tensor, square: Tensor) -> Tensor:
         """Kingma and Ba (2015), algorithm 1, with eps outside the root as in torch."""
         first, second = self.betas
-        square = [memory[: len(mean[0])] for memory in self.second]
-        torch._foreach_lerp_(mean, grads, 1 - first)
-        torch._foreach_mul_(square, second)
-        torch._foreach_addcmul_(square, grads, grads, value=1 - second)
-        scale = torch._foreach_sqrt(torch._foreach_div(square, 1 - second**self.steps))
-        torch._foreach_add_(scale, self.eps)
-        return list(torch._foreach_div(torch._foreach_div(mean, 1 - first**self.steps), scale))
+        dense = self._dense(value, grad)
+        mean.lerp_(dense, 1 - first)
+        square.mul_(second).addcmul_(dense, dense, value=1 - second)
+        scale = (square / (1 - second**self.steps)).sqrt_().add_(self.eps)
+        return (mean / (1 - first**self.steps)).div_(scale)
+
+    def _dense(self, value: Tensor, grad: Gradient) -> Tensor:
+        dense = grad.dense() if isinstance(grad, Product) else grad
+        return dense.add(value, alpha=self.decay) if self.decay else dense

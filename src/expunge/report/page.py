@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -21,14 +22,25 @@ class Grid:
     Attributes:
         caption: what it is, in one line.
         headers: one for each column.
-        rows: cells as text, in the headers' order.
+        rows: cells as text, in the headers' order. An interval follows its figure: ``96.4 (95.9 to 96.8)``.
+        words: how many of the first columns are words; the others are figures, and stand to the right.
         notes: what the columns mean, and what the figures do not cover.
     """
 
     caption: str
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    words: int = 2
     notes: str = ""
+
+
+_INTERVAL = re.compile(r"(\S+) \((\S+ to \S+)\)")
+
+
+def folded(cell: str) -> tuple[str, str]:
+    """A cell's figure and its interval; the whole cell and nothing if it has none."""
+    found = _INTERVAL.fullmatch(cell)
+    return (found[1], found[2]) if found else (cell, "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,20 +74,30 @@ class Chapter:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A whole report, its verdict first."""
+    """A whole report, its verdict first.
+
+    Attributes:
+        title: what is reported on.
+        verdict: what came out, in a sentence or two.
+        facts: what it was made with.
+        chapters: in the order in which they are told.
+        sound: False if a check within it failed.
+    """
 
     title: str
     verdict: str
     facts: Mapping[str, str]
     chapters: tuple[Chapter, ...]
+    sound: bool = True
 
     def to_json(self) -> dict[str, Any]:
-        """Title, verdict, facts and each chapter's data as plain JSON values."""
+        """Title, verdict, facts, whether all checks held, and each chapter's data as plain JSON values."""
         chapters = {
             chapter.name: {"done": chapter.done, "headline": chapter.headline, **chapter.data}
             for chapter in self.chapters
         }
-        return {"title": self.title, "verdict": self.verdict, "facts": dict(self.facts), "chapters": chapters}
+        about = {"title": self.title, "verdict": self.verdict, "sound": self.sound, "facts": dict(self.facts)}
+        return {**about, "chapters": chapters}
 
 
 def write(report: Report, folder: Path) -> tuple[Path, Path]:
@@ -85,6 +107,7 @@ def write(report: Report, folder: Path) -> tuple[Path, Path]:
     """
     template = (files("expunge.report") / "page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["folded"] = folded
     page = environment.from_string(template).render(report=report)
     html, data = folder / "report.html", folder / "report.json"
     write_atomically(html, page.encode("utf-8"))
