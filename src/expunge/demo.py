@@ -201,7 +201,7 @@ def _train(story: Story) -> Chapter:
             f"{len(records):,} training images of {story.settings.owners} owners; a multilayer perceptron 784-128-10, "
             f"{_counted(story.settings.epochs, 'epoch')}. The same network was trained once on everything, and once as "
             f"{sizes}.",
-            "The shard of an owner is a keyed hash of the name, and rows are read in the order of a keyed hash of each: "
+            "An owner's shard is a keyed hash of the name, and rows are read in the order of a keyed hash of each: "
             "neither depends on which other rows are there.",
         ),
         shows="What sharding costs in accuracy before anybody asks to be forgotten.",
@@ -344,8 +344,8 @@ def _unlearn(story: Story) -> Chapter:
         name="unlearn",
         headline=f"one owner forgotten in {_ratio(1 / speedup)} of the time, {bytes_said} training from scratch",
         text=(
-            "Every method starts from the same trained model. The reference is retraining on what remains: of one model "
-            "for what started from one model, of all shards for shards.",
+            "Every method starts from the same trained model. The reference is retraining on what remains: of one "
+            "model for what started from one model, of all shards for shards.",
             "An approximate method is worth its cost only if it comes nearer to retraining than retraining that stops "
             "after the same time does.",
         ),
@@ -389,8 +389,8 @@ def _data(outcomes: Sequence[_Outcome]) -> dict[str, Any]:
 _REFERENCE = "(ref.)"
 _NOTES = (
     "forget, retain, test: accuracy in percent on removed, staying and test images. attack: AUC of a loss-threshold "
-    "membership attack on the removed images, 0.5 is chance. gap: mean absolute difference to the reference (ref.) over "
-    "these four, in points. ratio: seconds over the reference's. "
+    "membership attack on the removed images, 0.5 is chance. gap: mean absolute difference to the reference (ref.) "
+    "over these four, in points. ratio: seconds over the reference's. "
 )
 
 

@@ -10,9 +10,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, cast
 
-import click
 import typer
 
 from expunge._version import __version__
@@ -24,7 +23,6 @@ from expunge.core.errors import ExpungeError
 app = typer.Typer(
     name="expunge",
     help="Secure machine unlearning for PyTorch models.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -32,22 +30,26 @@ app = typer.Typer(
 for _command in (demo, train, forget, evaluate, records, methods):
     app.command()(_command)
 
+# Some versions of typer bring a click of their own, others use the package: its public name leads to the right one.
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+
 
 def main() -> None:
     """Run the command line; every expected error ends in one line on standard error and its exit code."""
     try:
         with _warnings_of_one_line():
-            code = app(standalone_mode=False)
+            code = app(prog_name="expunge", standalone_mode=False)
             sys.stdout.flush()
     except ExpungeError as error:
         _fail(str(error), error.exit_code)
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; nothing is half-written, so run the same command again", 4)
-    except click.ClickException as error:
-        context = getattr(error, "ctx", None)
-        _fail(f"{error.format_message().rstrip('.')}; see: {context.command_path if context else 'expunge'} --help", 2)
+    except _USAGE_ERROR as error:
+        wrong = cast(typer.BadParameter, error)
+        where = wrong.ctx.command_path if wrong.ctx is not None else "expunge"
+        _fail(f"{wrong.format_message().rstrip('.')}; see: {where} --help", 2)
     except BrokenPipeError:  # the reader, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -71,8 +73,10 @@ def _warnings_of_one_line() -> Iterator[None]:
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
         print(__version__)
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        print(context.get_help())

@@ -97,7 +97,7 @@ def make_recipe(
         recipe = Recipe(**{"model": "mlp", "loss": loss, **given})
     if lr is not None:
         recipe = replace(recipe, optimiser_args={**recipe.optimiser_args, "lr": lr})
-    cut = {name: value for name, value in (("shards", shards), ("slices", slices)) if value is not None}
+    cut: dict[str, Any] = {name: value for name, value in (("shards", shards), ("slices", slices)) if value is not None}
     if recipe.sharding is not None:
         return replace(recipe, sharding=replace(recipe.sharding, **cut))
     if "slices" in cut and "shards" not in cut:

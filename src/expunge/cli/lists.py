@@ -56,7 +56,9 @@ def records(
 
 
 def methods(as_json: Json = False) -> None:
-    """List the unlearning methods: what each may claim, needs, costs, and does not guarantee.
+    """List the unlearning methods.
+
+    What each may claim at most, which rows it needs, its settings, and what it does not guarantee.
 
     \b
     Examples:

@@ -62,7 +62,9 @@ def train(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train a model, or a model in shards, so that it can forget later.
+    """Train a model that can forget later.
+
+    With --shards: as many models that vote, of which only those that held a removed record are trained again (SISA).
 
     \b
     Examples:
@@ -105,7 +107,9 @@ def forget(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Remove records from a trained model, and say what may be claimed of it.
+    """Remove records from a trained model.
+
+    Writes a new model and says what may be claimed of it. The model given stays as it is: delete it yourself.
 
     \b
     Examples:
@@ -156,7 +160,9 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Compare a model after forgetting with the model before and, if asked, with exact retraining.
+    """Compare a model before and after forgetting.
+
+    With --retrain also with training again on what remains; exit code 1 if a model said to be exact differs from it.
 
     \b
     Examples:

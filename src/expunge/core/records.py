@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from mmap import mmap
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,17 +14,9 @@ from torch import Tensor
 from expunge.core import coins
 from expunge.core.digest import array_of, digest_rows
 from expunge.core.errors import BadRecords, Misuse, UnknownRecord, Unsupported
+from expunge.core.rows import CHUNK, DatasetRows, MapDataset, Rows, TensorRows
 
-_CHUNK = 4096
 _READ_TWICE = 16
-
-
-class MapDataset(Protocol):
-    """A map-style data set as torch's DataLoader knows it: item `i` is a pair (row tensor, label)."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> tuple[Tensor, Any]: ...
 
 
 class Records:
@@ -59,13 +51,13 @@ class Records:
         """
         x, y = _tensor(x, "x"), _labels(y)
         _refuse_shape(x)
-        self._start(_TensorRows(x), y, ids, owners, classes)
-        for start in range(0, len(x) if x.is_floating_point() else 0, _CHUNK):
-            _refuse_non_finite(x[start : start + _CHUNK], self.ids, start)
+        self._start(TensorRows(x), y, ids, owners, classes)
+        for start in range(0, len(x) if x.is_floating_point() else 0, CHUNK):
+            _refuse_non_finite(x[start : start + CHUNK], self.ids, start)
 
     def _start(
         self,
-        base: _Base,
+        base: Rows,
         y: Tensor,
         ids: Sequence[str] | None,
         owners: Sequence[str] | None,
@@ -108,11 +100,11 @@ class Records:
                 raise BadRecords(
                     f"item {item} differs when read twice; records must be deterministic, so augment in the model"
                 )
-        base = _DatasetRows(dataset, workers)
+        base = DatasetRows(dataset, workers)
         labels, digests = [], []
-        for start, (x, y) in enumerate(base.read(torch.arange(len(dataset)).split(_CHUNK))):
+        for start, (x, y) in enumerate(base.read(torch.arange(len(dataset)).split(CHUNK))):
             _refuse_shape(x)
-            _refuse_non_finite(x, ids, start * _CHUNK)
+            _refuse_non_finite(x, ids, start * CHUNK)
             labels.append(_labels(y))
             digests.append(digest_rows(array_of(x), array_of(labels[-1])))
         self = cls.__new__(cls)
@@ -150,7 +142,7 @@ class Records:
     @property
     def streamed(self) -> bool:
         """True if rows come from a map-style data set rather than from one tensor."""
-        return isinstance(self._base, _DatasetRows)
+        return isinstance(self._base, DatasetRows)
 
     def shared(self) -> tuple[Tensor, Tensor]:
         """The one tensor that this set and all its selections read, and the (n,) places of these rows in it.
@@ -158,7 +150,7 @@ class Records:
         Raises:
             Unsupported: for rows that a map-style data set hands out.
         """
-        if not isinstance(self._base, _TensorRows):
+        if not isinstance(self._base, TensorRows):
             raise Unsupported("these rows are streamed from a data set; load them into one tensor first")
         return self._base.tensor, torch.arange(len(self)) if self._rows is None else self._rows
 
@@ -169,7 +161,7 @@ class Records:
     def digests(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """(n, 32) SHA-256 of each row's canonical bytes and label; computed once, shared by selections made after."""
         if self._known is None:
-            chunks = torch.arange(len(self)).split(_CHUNK)
+            chunks = torch.arange(len(self)).split(CHUNK)
             self._known = np.concatenate([digest_rows(*map(array_of, batch)) for batch in self.batches(chunks)])
         return self._known
 
@@ -277,70 +269,6 @@ class Records:
             self.owners + other.owners,
             classes=self.classes,
         )
-
-
-class _Base(Protocol):
-    shape: tuple[int, ...]
-    device: torch.device
-
-    def __len__(self) -> int: ...
-
-    def gather(self, rows: Tensor, *, whole: bool = False) -> Tensor: ...
-
-    def read_with(
-        self, positions: Iterable[Tensor], rows: Tensor | None, y: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor]]: ...
-
-
-class _TensorRows:
-    """Rows that lie in one tensor, in memory or memory-mapped."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.tensor, self.shape, self.device = x, tuple(x.shape[1:]), x.device
-
-    def __len__(self) -> int:
-        return len(self.tensor)
-
-    def gather(self, rows: Tensor, *, whole: bool = False) -> Tensor:
-        return self.tensor if whole else self.tensor.index_select(0, rows.to(self.device))
-
-    def read_with(self, positions: Iterable[Tensor], rows: Tensor | None, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        for index in positions:
-            place = index.to(self.device)
-            chosen = place if rows is None else rows[index].to(self.device)
-            yield self.tensor.index_select(0, chosen), y.index_select(0, place)
-
-
-class _DatasetRows:
-    """Rows that a map-style data set hands out one by one, batched by torch's DataLoader."""
-
-    def __init__(self, dataset: MapDataset, workers: int) -> None:
-        self.dataset, self.workers = dataset, workers
-        self.shape = tuple(torch.as_tensor(dataset[0][0]).shape)
-        self.device = torch.device("cpu")
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def read(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        sampler = [index.tolist() for index in batches]
-        loader: Iterable[Any] = torch.utils.data.DataLoader(
-            self.dataset,  # type: ignore[arg-type]
-            batch_sampler=sampler,
-            num_workers=self.workers,
-            generator=torch.Generator(),  # its own: the loader draws a seed from it, which must not come from dropout's
-        )
-        for x, y in loader:
-            yield x, torch.as_tensor(y)
-
-    def gather(self, rows: Tensor, *, whole: bool = False) -> Tensor:
-        return torch.cat([x for x, _ in self.read(rows.split(_CHUNK))])
-
-    def read_with(self, positions: Iterable[Tensor], rows: Tensor | None, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        places = list(positions)
-        chosen = places if rows is None else [rows[index] for index in places]
-        for (x, _), place in zip(self.read(chosen), places, strict=True):
-            yield x, y[place]
 
 
 def _tensor(values: Tensor | np.ndarray[Any, np.dtype[Any]], name: str) -> Tensor:
