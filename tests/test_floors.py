@@ -10,9 +10,10 @@ import expunge
 
 # The table of the rooms; a new room must be entered here, on its floor.
 FLOORS = {
-    **dict.fromkeys(["cli"], 7),
-    **dict.fromkeys(["service"], 6),
-    **dict.fromkeys(["demo", "report"], 5),
+    **dict.fromkeys(["cli"], 8),
+    **dict.fromkeys(["service"], 7),
+    **dict.fromkeys(["demo"], 6),  # tells its story in the tables and plots of report, and so stands above it
+    **dict.fromkeys(["report"], 5),
     **dict.fromkeys(["workflow", "study"], 4),
     **dict.fromkeys(["certify", "attack", "assure", "testing"], 3),
     **dict.fromkeys(["unlearn", "screen", "verify", "audit", "value"], 2),
@@ -95,7 +96,7 @@ LIES = [
     ("core/a.py", "if TYPE_CHECKING:\n    from expunge.audit import x", "core/a.py:2 climbs from core to audit"),
     ("unlearn/a.py", "import os, expunge.audit.metrics as m", "unlearn/a.py:1 crosses from unlearn to audit"),
     ("datasets.py", "from expunge.learn import loop", "datasets.py:1 crosses from datasets to learn"),
-    ("demo.py", "from expunge import report", "demo.py:1 crosses from demo to report"),
+    ("study.py", "from expunge import workflow", "study.py:1 crosses from study to workflow"),
     ("learn/a.py", "from expunge import Sisa", "learn/a.py:1 imports Sisa from the root, which stands on floor 2"),
     ("learn/a.py", "import expunge", "learn/a.py:1 imports everything from the root, which stands on floor 2"),
     ("helpers/a.py", "import os", "helpers/a.py stands on no floor; enter its room into the table"),

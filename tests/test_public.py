@@ -184,7 +184,7 @@ LIES = {
     "os.environ['OMP_NUM_THREADS'] = '2'": "environment",
     "open('file', 'w').close()": "files",
     "pathlib.Path.home().joinpath('.cache').mkdir()": "files",
-    "threading.Timer(60, print).start(); threading.enumerate()[-1].cancel()": "threads",
+    "threading.Thread(target=threading.Event().wait, daemon=True).start()": "threads",
 }
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from expunge.audit.metrics import Row, Table, measure
-from expunge.core.errors import Misuse
+from expunge.core.errors import BadRecords, Misuse
 from expunge.core.records import Records
 from expunge.core.trained import Trained
 from expunge.learn.loop import Report
@@ -66,6 +66,7 @@ def compare(
         report: hears of the progress of that training.
 
     Raises:
+        BadRecords: if the records do not fit the model, or the test rows do not fit the records.
         Misuse: if nothing was removed in between, or the models are not of one lineage.
         UnknownRecord: if `records` lacks rows that were removed, or that the model after stands on.
     """
@@ -74,6 +75,9 @@ def compare(
         raise Misuse("no record was removed between these two models; is the order before, after?")
     if not before.ids - removed <= after.ids:
         raise Misuse("these two models are not of one lineage: the one after lacks records that were not removed")
+    after.recipe.completed(records)  # refuses rows of another shape
+    if test is not None and (test.shape, test.classes) != (records.shape, records.classes):
+        raise BadRecords(f"test rows {test} do not fit the records {records}; shape and classes must agree")
     records.positions(sorted(after.ids))  # all must be here, or retraining would be on less than the model stands on
     forget = records.take(sorted(removed))
     retain = records.where(lambda record_id, _: record_id in after.ids)

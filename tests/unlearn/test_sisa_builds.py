@@ -33,7 +33,7 @@ def test_refuses_shards_of_another_build() -> None:
     records = datasets.optdigits(owners=20).train.select(range(300))
     trained = train(Recipe(model="softmax", epochs=1), records, shards=2)
     foreign = tuple(_built_elsewhere(part) for part in trained.parts)
-    with pytest.raises(Unsupported, match="torch 1.0 abacus, and this is torch .*; use retrain"):
+    with pytest.raises(Unsupported, match=r"torch 1.0 abacus, and this is torch .*; use retrain"):
         Sisa()(replace(trained, parts=foreign), records, Request.remove_owner(records.owners[0]), rng=generator(0))
 
 

@@ -50,9 +50,9 @@ def main() -> None:
         wrong = cast(typer.BadParameter, error)
         where = wrong.ctx.command_path if wrong.ctx is not None else "expunge"
         _fail(f"{wrong.format_message().rstrip('.')}; see: {where} --help", 2)
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough; typer does the same
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(1)
     except OSError as error:
         _fail(f"{error.filename or 'a file'} cannot be read or written ({error.strerror or error}); check the path", 2)
     sys.exit(code if isinstance(code, int) else 0)

@@ -17,6 +17,7 @@ from expunge.core.recipe import Recipe, Sharding
 from expunge.core.records import Records
 from expunge.core.request import Request
 from expunge.core.trained import Trained
+from expunge.datasets.tables import is_table
 from expunge.learn.build import allow_code
 from expunge.learn.training import load
 from expunge.unlearn import (
@@ -62,6 +63,8 @@ def read_records(
         return found.train, found.test
     if not Path(data).exists():
         raise UnreadableFile(f'"{data}" is no file, folder or data set; data sets are {", ".join(datasets.names())}')
+    if is_table(Path(data)) and label_column is None:
+        raise Misuse(f"which column of {data} is to be predicted? name it: --label-column")
     options: dict[str, Any] = dict(given)
     if classes is not None:
         options["classes"] = int(classes) if classes.isdecimal() else classes.split(",")

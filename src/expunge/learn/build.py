@@ -62,7 +62,7 @@ def build(recipe: Recipe, parts: tuple[nn.Module, ...] = ()) -> nn.Module:
 def _make(recipe: Recipe) -> nn.Module:
     args = dict(recipe.model_args)
     if recipe.model == EXTERNAL:
-        raise Unsupported("a model trained elsewhere cannot be made anew; use a method that goes on from it")
+        raise Unsupported("a model trained elsewhere cannot be made anew; when loading it, give load(..., module=...)")
     if ":" not in recipe.model:
         shape, outputs = tuple(args.pop("shape")), int(args.pop("outputs"))
         return models.build(recipe.model, shape=shape, outputs=outputs, **args)

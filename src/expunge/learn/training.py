@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,9 +99,18 @@ def adopt(module: nn.Module, recipe: Recipe, records: Records) -> Trained:
     return Trained(module=module, recipe=recipe, ids=frozenset(records.ids), standing=Claim.NONE)
 
 
-def load(folder: str | Path) -> Trained:
-    """Read a model that `Trained.save` wrote; see there for errors."""
-    return Trained.load(folder, build)
+def load(folder: str | Path, *, module: nn.Module | None = None) -> Trained:
+    """Read a model that `Trained.save` wrote; see `Trained.load` for errors.
+
+    Args:
+        folder: where it was saved.
+        module: for a model that was adopted: a module of its architecture, to be copied and filled.
+    """
+
+    def made(recipe: Recipe, parts: tuple[nn.Module, ...] = ()) -> nn.Module:
+        return build(recipe, parts) if module is None else copy.deepcopy(module)
+
+    return Trained.load(folder, made)
 
 
 def _dtype_of(module: nn.Module) -> str:
