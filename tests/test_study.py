@@ -83,7 +83,7 @@ def test_models_that_cannot_be_compared_are_refused(before, after):
 
 
 def test_records_must_be_those_of_the_models(before, after):
-    with pytest.raises(UnknownRecord, match='"a-7[0-9]"'):
+    with pytest.raises(UnknownRecord, match=r'"a-7[0-9]"'):
         compare(before, after, RECORDS.select(range(70)))
     with pytest.raises(UnknownRecord, match='"a-14"'):
         compare(before, after, RECORDS.without(["a-14"]))

@@ -42,9 +42,7 @@ def write_customers(path: Path, *, rows: int = 60, **cells: str) -> Path:
 
 
 @pytest.fixture
-def expunge(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Said]:
+def expunge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
     """``expunge("train", "--data", ...)`` runs the command in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
@@ -62,14 +60,20 @@ def expunge(
 
 @pytest.fixture(scope="session")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with customers.csv, `whole` trained on it, `sharded` in 4 shards, and `lost` without owner c-3."""
+    """A folder with customers.csv and models of it: `whole`, `sharded`, and `lost`, which is that without owner c-3.
+
+    `few` was trained on 20 rows only and has lost one.
+    """
     folder = tmp_path_factory.mktemp("shop")
     table = write_customers(folder / "customers.csv")
     data = ("--data", str(table), *TABLE)
+    few = write_customers(folder / "few.csv", rows=20)
     for words in (
         ("train", *data, *QUICK, "--out", str(folder / "whole")),
         ("train", *data, *QUICK, "--shards", "4", "--out", str(folder / "sharded")),
         ("forget", str(folder / "sharded"), *data, "--owner", "c-3", "--out", str(folder / "lost")),
+        ("train", "--data", str(few), *TABLE, *QUICK, "--out", str(folder / "most")),
+        ("forget", str(folder / "most"), "--data", str(few), *TABLE, "--id", "r-3", "--out", str(folder / "few")),
     ):
         call(*words)
     return folder
@@ -77,10 +81,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def call(*words: str) -> None:
     """Run a command that must succeed."""
-    before, sys.argv = sys.argv, ["expunge", *words]
-    try:
-        main()
-    except SystemExit as stop:
-        assert stop.code == 0, words
-    finally:
-        sys.argv = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["expunge", *words])
+        with pytest.raises(SystemExit) as stop:
+            main()
+    assert stop.value.code == 0, words

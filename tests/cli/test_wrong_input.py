@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Whatever is wrong, the answer is one line that says what to do, and nothing is left behind."""
 
 import json
@@ -46,6 +47,12 @@ def table(**cells):
     return lambda path: write_customers(path / "t.csv", **cells)
 
 
+def narrower(path):
+    """The table of customers without the column age."""
+    lines = write_customers(path).read_text().splitlines()
+    path.write_text("\n".join(",".join(line.split(",")[:2] + line.split(",")[3:]) for line in lines))
+
+
 def text(name, content):
     return lambda path: (path / name).write_text(content)
 
@@ -86,20 +93,20 @@ CASES = {
     "columns of a built-in set": Wrong("train --data optdigits --id-column id --out out", "built-in set and has no columns"),
     "repeated id": Wrong(TRAIN_T, 'id "r-0" stands more than once', make=table(id="r-0")),
     "NaN in an image": Wrong(TRAIN_D, r'record "2" \(row 2\) holds NaN or infinity; drop or fill', make=image_with_nan),
-    "empty feature": Wrong(TRAIN_T, "age", make=table(age="")),
-    "infinite feature": Wrong(TRAIN_T, "age|NaN or infinity", make=table(age="inf")),
-    "text in a column of numbers": Wrong(TRAIN_T, '"age".*"young"|young', make=table(age="young")),
-    "unknown label": Wrong(TRAIN_T, "maybe", make=table(left="maybe")),
+    "empty feature": Wrong(TRAIN_T, 'row 1 of t.csv has no value in column "age"; fill it or drop', make=table(age="")),
+    "infinite feature": Wrong(TRAIN_T, "NaN or infinity; drop or fill it first", make=table(age="inf")),
+    "text in a column of numbers": Wrong(TRAIN_T, 'column "age" of t.csv holds text .*leave it out', make=table(age="young")),
+    "unknown label": Wrong(TRAIN_T, '"maybe" in column "left", not one of no, yes', make=table(left="maybe")),
     "label out of range": Wrong(f"{TRAIN_D} --classes 2", "label 5 of row 3 is out of range; labels run from 0 to 1", make=lambda p: arrays(p / "d", np.zeros((4, 3), np.float32), np.array([0, 1, 0, 5]))),
     "negative label": Wrong(TRAIN_D, "label -1 of row 1 is out of range", make=lambda p: arrays(p / "d", np.zeros((2, 3), np.float32), np.array([0, -1]))),
-    "wrong shape": Wrong("train --data d --model lenet --out out", "", make=lambda p: arrays(p / "d", np.zeros((4, 3), np.float32), np.array([0, 1, 0, 1]))),
-    "one row too few": Wrong(TRAIN_D, "", make=lambda p: arrays(p / "d", np.zeros((4, 3), np.float32), np.array([0, 1, 0]))),
+    "wrong shape": Wrong("train --data d --model lenet --out out", "needs rows of shape .*use softmax or mlp", make=lambda p: arrays(p / "d", np.zeros((4, 3), np.float32), np.array([0, 1, 0, 1]))),
+    "one row too few": Wrong(TRAIN_D, "x has 4 rows but there are 3 labels", make=lambda p: arrays(p / "d", np.zeros((4, 3), np.float32), np.array([0, 1, 0]))),
     "missing column": Wrong("train --data {shop}/customers.csv --id-column name --label-column left --out out", 'no column "name"; its columns are id'),
-    "no label column": Wrong("train --data {shop}/customers.csv --out out", "which column of customers.csv is the label"),
+    "no label column": Wrong("train --data {shop}/customers.csv --out out", "which column of .*customers.csv is to be predicted. name it: --label-column"),
     "columns file is no JSON": Wrong(f"{TRAIN} --columns c.json", "cannot be read as JSON", make=text("c.json", "{")),
     "columns file with another key": Wrong(f"{TRAIN} --columns c.json", "any of columns, scale, categories", make=text("c.json", '{"colour": 1}')),
     "a pickle for a table": Wrong("train --data d.pkl --out out", "may hold pickles and is never opened", make=lambda p: (p / "d.pkl").write_bytes(pickle.dumps([1]))),
-    "a table that is none": Wrong(TRAIN_T, "t.csv", make=lambda p: (p / "t.csv").write_bytes(bytes(range(256)))),
+    "a table that is none": Wrong(TRAIN_T, "t.csv is no CSV table in UTF-8", make=lambda p: (p / "t.csv").write_bytes(bytes(range(256)))),
     "a table without rows": Wrong(TRAIN_T, "holds no rows", make=text("t.csv", "id,owner,age,spent,left\n")),
     "no data at all": Wrong("train --out out", "Missing option '--data'; see: expunge train --help"),
     "negative limit": Wrong("records --data optdigits --limit -1", "--limit must be >= 0"),
@@ -124,11 +131,13 @@ CASES = {
     "resume holds something else": Wrong(f"{TRAIN} --resume state", "is no training's", make=lambda p: ((p / "state").mkdir(), text("state/mine.txt", "")(p))),
     "model is missing": Wrong("forget nothing --data {shop}/customers.csv {table} --owner c-1 --out out", "nothing is no trained model"),
     "model is missing, code allowed": Wrong("forget nothing --allow-code --data optdigits --owner c-1 --out out", "nothing is no trained model"),
-    "another set's records": Wrong("forget {shop}/sharded --data optdigits --owner owner-001 --out out", "never trained|not given"),
+    "another set's records": Wrong("forget {shop}/sharded --data optdigits --owner owner-001 --out out", "never trained on record .optdigits"),
     "evaluate in the wrong order": Wrong("evaluate {shop}/sharded --before {shop}/lost --data {shop}/customers.csv {table}", "is the order before, after"),
-    "evaluate of two lineages": Wrong("evaluate {shop}/lost --before {shop}/lost --data {shop}/customers.csv {table}", "is the order before, after"),
+    "evaluate of two lineages": Wrong("evaluate {shop}/few --before {shop}/sharded --data {shop}/customers.csv {table}", "not of one lineage"),
+    "evaluate of one model": Wrong("evaluate {shop}/lost --before {shop}/lost --data {shop}/customers.csv {table}", "is the order before, after"),
     "evaluate on half of the records": Wrong("evaluate {shop}/lost --before {shop}/sharded --data t.csv {table}", "is not among the 30 records", make=lambda p: write_customers(p / "t.csv", rows=30)),
-    "test rows of another shape": Wrong(f"{EVALUATE} --test optdigits", ""),
+    "test rows of another shape": Wrong(f"{EVALUATE} --test t.csv", "do not fit the records", make=lambda p: narrower(p / "t.csv")),
+    "evaluate on rows of another shape": Wrong("evaluate {shop}/lost --before {shop}/sharded --data t.csv {table}", "has shape .*train anew", make=lambda p: narrower(p / "t.csv")),
     # words
     "unknown command": Wrong("frget", "No such command 'frget'.*expunge --help"),
     "unknown option": Wrong("records --dota optdigits", "No such option: --dota"),
@@ -214,8 +223,7 @@ def test_a_recipe_is_not_run_without_leave(expunge, shop, tmp_path):
 
 def test_a_model_of_another_table_is_refused_by_shape(expunge, shop, tmp_path):
     """The same ids with one column less: the rows cannot be those that the model was trained on."""
-    lines = (shop / "customers.csv").read_text().splitlines()
-    (tmp_path / "t.csv").write_text("\n".join(",".join(line.split(",")[:3] + line.split(",")[4:]) for line in lines))
+    narrower(tmp_path / "t.csv")
     said = expunge("forget", shop / "sharded", "--data", "t.csv", *TABLE, "--owner", "c-1", "--out", "out")
     one_line(said, 2)
     assert not (tmp_path / "out").exists()

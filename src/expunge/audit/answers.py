@@ -48,19 +48,19 @@ def _told(module: nn.Module, whole: Records, known: WeakKeyDictionary[nn.Module,
     parts = list(module.parts) if isinstance(module, ShardEnsemble) else [module]
     new = [part for part in parts if part not in known]
     if new:
-        told = outputs(_Together(new), whole)
+        told = outputs(_Together(new), whole).unflatten(1, (len(new), -1))
         known.update((part, told[:, place].clone()) for place, part in enumerate(new))
     answers = torch.stack([known[part][rows] for part in parts])
     return module.combine(answers) if isinstance(module, ShardEnsemble) else answers[0]
 
 
 class _Together(nn.Module):
-    """Several modules that read each batch one after the other: (batch, modules, outputs)."""
+    """Several modules that read each batch one after the other; their outputs side by side."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
         self.parts = nn.ModuleList(modules)
 
-    def forward(self, x: Tensor) -> Float[Tensor, "batch modules outputs"]:
-        """All answers side by side."""
-        return torch.stack([part(x) for part in self.parts], 1)
+    def forward(self, x: Tensor) -> Float[Tensor, "batch all_outputs"]:
+        """(batch, modules * outputs)."""
+        return torch.cat([part(x) for part in self.parts], 1)

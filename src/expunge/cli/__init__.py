@@ -38,7 +38,10 @@ def main() -> None:
     """Run the command line; every expected error ends in one line on standard error and its exit code."""
     try:
         with _warnings_of_one_line():
-            code = app(prog_name="expunge", standalone_mode=False)
+            command = typer.main.get_command(app)
+            # Not `app()`, which turns an interrupt into an exit code of its own.
+            with command.make_context("expunge", sys.argv[1:]) as context:
+                code = command.invoke(context)
             sys.stdout.flush()
     except ExpungeError as error:
         _fail(str(error), error.exit_code)
@@ -50,9 +53,9 @@ def main() -> None:
         wrong = cast(typer.BadParameter, error)
         where = wrong.ctx.command_path if wrong.ctx is not None else "expunge"
         _fail(f"{wrong.format_message().rstrip('.')}; see: {where} --help", 2)
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough; typer does the same
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        sys.exit(0)
     except OSError as error:
         _fail(f"{error.filename or 'a file'} cannot be read or written ({error.strerror or error}); check the path", 2)
     sys.exit(code if isinstance(code, int) else 0)

@@ -109,7 +109,8 @@ def write(report: Report, folder: Path) -> tuple[Path, Path]:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["folded"] = folded
     page = environment.from_string(template).render(report=report)
+    values = json.dumps(report.to_json(), indent=1, allow_nan=False)
     html, data = folder / "report.html", folder / "report.json"
     write_atomically(html, page.encode("utf-8"))
-    write_atomically(data, json.dumps(report.to_json(), indent=1, allow_nan=False).encode("utf-8"))
+    write_atomically(data, values.encode("utf-8"))
     return html, data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,7 @@ def _svg(figure: Figure) -> str:
     # No date and a fixed salt for element names: the same figures give the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "expunge"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
+    text = re.sub(r'<g id="[\w.]+_\d+"', "<g", buffer.getvalue())  # names of groups, alike in every plot
     return text[text.index("<svg") :].replace(_INK, "currentColor")
 
 
