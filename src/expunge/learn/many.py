@@ -20,11 +20,11 @@ from expunge.core.recipe import Recipe
 from expunge.core.records import Records
 from expunge.core.trained import Trained, TrainingLog
 from expunge.learn.build import build
-from expunge.learn.loop import Report, Tally, build_name, prepare, reading_order, row_losses
+from expunge.learn.loop import Report, Tally, build_name, prepare, reading_order
 from expunge.learn.models import has_batch_norm, has_dropout
 from expunge.learn.stacked import Gradient, Update, stack_of
 
-_CACHE_BYTES = 3 << 20
+_CACHE_BYTES = 7 << 19
 _WINDOW = 1 << 22
 
 
@@ -70,7 +70,7 @@ def train_many(
     ranked = sorted(range(len(seeds)), key=lambda k: -len(subsets[k]))
     pool, tally = _Pool.of(subsets), tally or Tally()
     answer: dict[int, Trained] = {}
-    even = math.ceil(len(ranked) / math.ceil(len(ranked) / chunk))
+    even = _even(len(ranked), chunk)
     for start in range(0, len(ranked), even):
         members = ranked[start : start + even]
         plans = [_Plan(replace(recipe, seed=seeds[k]), subsets[k], pool) for k in members]
@@ -87,6 +87,12 @@ def train_many(
             ids = frozenset(subsets[k].ids)
             answer[k] = Trained(module=models[k].eval(), recipe=plan.recipe, ids=ids, log=log)
     return [answer[k] for k in range(len(seeds))]
+
+
+def _even(models: int, most: int) -> int:
+    """A chunk size of at most about `most` that divides the models evenly, and each chunk among the threads."""
+    share, threads = math.ceil(models / math.ceil(models / most)), torch.get_num_threads()
+    return math.ceil(share / threads) * threads
 
 
 def _refuse_unstackable(module: nn.Module) -> None:
@@ -156,7 +162,7 @@ class _Chunk:
         recipe = plans[0].recipe
         self.models, self.plans, self.pool, self.report = models, plans, pool, report
         self.batch_size, self.dtype = recipe.batch_size, getattr(torch, recipe.dtype)
-        self.losses = row_losses(recipe)
+        self.mse = recipe.loss == "mse"
         self.stack = stack_of(models, pool.x.device)
         self.update = Update(recipe, self.stack.parameters)
 
@@ -185,17 +191,22 @@ class _Chunk:
         x = prepare(self.pool.x.index_select(0, flat), self.dtype).unflatten(0, places.shape)
         y = self.pool.y.index_select(0, flat.to(self.pool.y.device))
 
-        def loss(outputs: Tensor) -> Tensor:
-            losses = self.losses(outputs.flatten(0, 1), y)
-            return losses.dot(_weights(places).flatten().to(losses)) if partial else losses.sum() / places.shape[1]
+        weights = _weights(places).to(x.device, self.dtype) if partial else 1 / places.shape[1]
+        return self.stack.gradients(len(places), x, lambda outputs: self._derivative(outputs, y) * weights)
 
-        return self.stack.gradients(len(places), x, loss)
+    def _derivative(self, outputs: Float[Tensor, "models batch outputs"], y: Tensor) -> Tensor:
+        """Of each row's loss by its outputs: softmax minus one at the label, or twice the residual."""
+        if self.mse:
+            return 2 * (outputs - y.view_as(outputs).to(outputs.dtype))
+        slopes = outputs.softmax(-1)
+        label = y.view(*outputs.shape[:2], 1)
+        return slopes.scatter_add_(2, label, slopes.new_full((), -1).expand_as(label))
 
 
-def _weights(places: Int[Tensor, "models batch"]) -> Float[Tensor, "models batch"]:
+def _weights(places: Int[Tensor, "models batch"]) -> Float[Tensor, "models batch 1"]:
     """One over the number of rows for each row that is there, zero for the padding of a last, smaller batch."""
     there = (places >= 0).to(torch.float64)
-    return there / there.sum(1, keepdim=True)
+    return (there / there.sum(1, keepdim=True)).unsqueeze(2)
 
 
 def _common(rates: Sequence[float]) -> Float[Tensor, " models"] | float:

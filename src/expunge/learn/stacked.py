@@ -20,7 +20,7 @@ from expunge.core.recipe import Recipe
 from expunge.learn.networks import Network
 
 Parameters = Mapping[str, Tensor]
-Loss = Callable[[Tensor], Tensor]
+Derivative = Callable[[Tensor], Tensor]
 _ELEMENTWISE = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.Softplus, nn.Identity)
 
 
@@ -44,13 +44,13 @@ class Stack(ABC):
     parameters: dict[str, Tensor]
 
     @abstractmethod
-    def gradients(self, models: int, x: Tensor, loss: Loss) -> dict[str, Gradient]:
+    def gradients(self, models: int, x: Tensor, derivative: Derivative) -> dict[str, Gradient]:
         """Gradients of the first so many models' parameters.
 
         Args:
             models: how many.
             x: each one's own rows (models, batch, ...).
-            loss: from outputs (models, batch, outputs) to one number, a sum over the models.
+            derivative: from outputs (models, batch, outputs) to the derivative of the loss by them, of that shape.
         """
 
     @abstractmethod
@@ -73,10 +73,11 @@ class VmapStack(Stack):
         self.parameters = {name: value.to(device) for name, value in _stacked(models).items()}
         self._run = vmap(lambda parameters, rows: functional_call(module, parameters, (rows,)))
 
-    def gradients(self, models: int, x: Tensor, loss: Loss) -> dict[str, Gradient]:
+    def gradients(self, models: int, x: Tensor, derivative: Derivative) -> dict[str, Gradient]:
         """See `Stack`."""
         leaves = {name: value[:models].detach().requires_grad_() for name, value in self.parameters.items()}
-        grads = torch.autograd.grad(loss(self._run(leaves, x)), list(leaves.values()))
+        outputs = self._run(leaves, x)
+        grads = torch.autograd.grad(outputs, list(leaves.values()), derivative(outputs.detach()))
         return dict(zip(leaves, grads, strict=True))
 
     def write_back(self, models: list[nn.Module]) -> None:
@@ -97,7 +98,7 @@ class LineStack(Stack):
         self._steps = [(f"{names[id(layer)]}.".lstrip("."), layer) for layer in line]
         self.parameters = {name: value.to(device) for name, value in self._turned(_stacked(models)).items()}
 
-    def gradients(self, models: int, x: Tensor, loss: Loss) -> dict[str, Gradient]:
+    def gradients(self, models: int, x: Tensor, derivative: Derivative) -> dict[str, Gradient]:
         """Backpropagation, the linear layers by hand and everything between them by autograd."""
         inputs, outputs, activated = [], [], []
         hidden = x.flatten(2)
@@ -109,16 +110,18 @@ class LineStack(Stack):
                 outputs.append((prefix, hidden))
             else:
                 hidden = layer(hidden)
-        (grad,) = torch.autograd.grad(loss(hidden), [outputs[-1][1]])
+        activated.append(hidden)
+        grad = derivative(hidden.detach())
         found: dict[str, Gradient] = {}
         for place in reversed(range(len(outputs))):
-            prefix = outputs[place][0]
+            prefix, output = outputs[place]
+            if activated[place + 1] is not output:
+                (grad,) = torch.autograd.grad(activated[place + 1], [output], grad)
             found[f"{prefix}weight"] = Product(inputs[place], grad)
             if f"{prefix}bias" in self.parameters:
                 found[f"{prefix}bias"] = grad.sum(1)
             if place:
-                back = torch.bmm(grad, self.parameters[f"{prefix}weight"][:models].transpose(1, 2))
-                (grad,) = torch.autograd.grad(activated[place], [outputs[place - 1][1]], back)
+                grad = torch.bmm(grad, self.parameters[f"{prefix}weight"][:models].transpose(1, 2))
         return {name: found[name] for name in self.parameters}
 
     @torch.no_grad()
@@ -173,6 +176,7 @@ class Update:
         args = recipe.optimiser_args
         self.stacked, self.decay, self.adam = stacked, recipe.weight_decay, recipe.optimiser == "adam"
         self.momentum, self.nesterov = float(args.get("momentum", 0.0)), bool(args.get("nesterov", False))
+        self.plain = not self.adam and not self.momentum
         self.betas: tuple[float, float] = tuple(args.get("betas", (0.9, 0.999)))
         self.eps = float(args.get("eps", 1e-8))
         self.first = {name: torch.zeros_like(value) for name, value in stacked.items()}
@@ -185,6 +189,9 @@ class Update:
         self.steps += 1
         for name, grad in grads.items():
             value, memory = self.stacked[name][:models], self.first[name][:models]
+            if self.plain and isinstance(grad, Product) and isinstance(rates, float):
+                value.baddbmm_(grad.rows.transpose(1, 2), grad.grads, beta=1 - rates * self.decay, alpha=-rates)
+                continue
             if self.adam:
                 direction = self._adam(value, grad, memory, self.second[name][:models])
             else:
