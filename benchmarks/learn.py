@@ -3,7 +3,7 @@
     python benchmarks/learn.py --quick     # under a minute on two cores
     python benchmarks/learn.py             # more rounds, full MNIST everywhere
 
-Every figure is a ratio of two timings of this run, taken in turn; medians over rounds. The last line is one JSON object:
+Every figure is a ratio of two timings of this run, taken in turn; medians over rounds. The last line is one JSON:
 
     many_small_speedup   64 MLPs 64-32-10 of 1,000 optdigits each, batch 32: loop of `train` / `train_many`
     many_mnist_speedup   64 MLPs 784-128-10 on MNIST, batch 64, plain SGD: loop of `train` / `train_many`
