@@ -127,6 +127,6 @@ def test_other_commands(expunge, shop, monkeypatch, words):
 
 
 def test_demo(expunge, tmp_path, monkeypatch):
-    monkeypatch.setattr("expunge.demo.train", interrupt)
+    monkeypatch.setattr("expunge.demo.story.train", interrupt)
     stopped(expunge("demo", "train", "--workspace", "w"))
     assert list(tmp_path.iterdir()) == []

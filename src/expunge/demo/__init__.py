@@ -1,0 +1,77 @@
+"""The story of a deletion request, told on real data: one file a chapter, the trainings shared by all."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+
+from expunge.core.errors import Misuse
+from expunge.demo.requests import tell_requests
+from expunge.demo.story import Settings, Story, Tell, silent
+from expunge.demo.tables import ratio
+from expunge.demo.training import tell_train
+from expunge.demo.unlearning import STEPS_OF_A_SEED, tell_unlearn
+from expunge.report import Chapter, Report
+
+__all__ = ["CHAPTERS", "NOT_BUILT", "Settings", "Story", "tell"]
+
+CHAPTERS: Mapping[str, Callable[[Story], Chapter]] = MappingProxyType(
+    {"train": tell_train, "requests": tell_requests, "unlearn": tell_unlearn}
+)
+NOT_BUILT = MappingProxyType(
+    {
+        "screen": "not done: requests are not screened for attacks in this version",
+        "certify": "not done: no certified method in this version",
+        "verify": "not done: no verification by the owner in this version",
+        "sweep": "not done: no ledger, no certificate and no sweep of the workspace in this version",
+    }
+)
+
+
+def tell(settings: Settings, *, chapters: Sequence[str] | None = None, progress: Tell = silent) -> Report:
+    """Tell the story, or some of its chapters.
+
+    Args:
+        settings: what it is told with.
+        chapters: names of `CHAPTERS`; None tells all, in order.
+        progress: hears what is being done.
+
+    Raises:
+        Misuse: for an unknown chapter.
+    """
+    wanted = list(CHAPTERS) if chapters is None else list(chapters)
+    for name in wanted:
+        if name not in CHAPTERS:
+            raise Misuse(f'there is no chapter "{name}"; there are {", ".join(CHAPTERS)}')
+    story = Story(settings, progress, units=4 + settings.seeds * (2 + STEPS_OF_A_SEED))
+    told = tuple(CHAPTERS[name](story) for name in wanted)
+    story.step("write the report")
+    off = tuple(Chapter(name=name, headline=why, done=False) for name, why in NOT_BUILT.items() if chapters is None)
+    return Report(
+        title="expunge demo: forgetting on MNIST",
+        verdict=_verdict(told),
+        facts={
+            "data": story.data.about,
+            "owners": f"{settings.owners}, artificial: MNIST names none",
+            "trainings": f"{settings.seeds} of each, seed {settings.seed}" + (" and up" if settings.seeds > 1 else ""),
+            "torch": f"{torch.__version__}, threads: {torch.get_num_threads()}, Python {platform.python_version()}",
+        },
+        chapters=told + off,
+        sound=all(chapter.data.get("sisa_equals_scratch", True) for chapter in told),
+    )
+
+
+def _verdict(told: Sequence[Chapter]) -> str:
+    data = next((chapter.data for chapter in told if chapter.name == "unlearn"), None)
+    if data is None:
+        return "Some chapters only: see each for what it shows."
+    exact = "equals" if data["sisa_equals_scratch"] else "DOES NOT EQUAL"
+    share = ratio(data["one_owner"]["share_of_row_gradients"])
+    return (
+        f"Forgetting in the sharded model {exact} training from scratch on what remains, byte for byte; for one owner "
+        f"it took {share} of the work. The approximate methods claim nothing, and the tables show how far each is from "
+        "retraining."
+    )
