@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-import expunge.demo
+import expunge.demo.story
 from expunge import cli, datasets
 from expunge.core.errors import Misuse
 from expunge.demo import CHAPTERS, NOT_BUILT, Settings, Story, tell
@@ -20,20 +20,20 @@ SMALL = Settings(owners=30, askers=2, epochs=2, shards=4)
 def small_digits(request, monkeypatch):
     """Optdigits in the place of MNIST, unless a test asks for MNIST itself."""
     if "mnist_itself" not in request.fixturenames:
-        monkeypatch.setattr(expunge.demo.datasets, "mnist", datasets.optdigits)
+        monkeypatch.setattr(expunge.demo.story.datasets, "mnist", datasets.optdigits)
 
 
 @pytest.fixture(scope="module")
 def whole():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expunge.demo.datasets, "mnist", datasets.optdigits)
+        patch.setattr(expunge.demo.story.datasets, "mnist", datasets.optdigits)
         return tell(SMALL)
 
 
 @pytest.fixture(scope="module")
 def thrice():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expunge.demo.datasets, "mnist", datasets.optdigits)
+        patch.setattr(expunge.demo.story.datasets, "mnist", datasets.optdigits)
         return tell(Settings(owners=30, askers=2, epochs=2, shards=4, seeds=3), chapters=["unlearn"])
 
 
