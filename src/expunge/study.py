@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from expunge.audit.metrics import Row, Table, measure
+from expunge.core.claim import Claim
 from expunge.core.errors import BadRecords, Misuse
 from expunge.core.records import Records
 from expunge.core.trained import Trained
@@ -81,15 +82,22 @@ def compare(
     records.positions(sorted(after.ids))  # all must be here, or retraining would be on less than the model stands on
     forget = records.take(sorted(removed))
     retain = records.where(lambda record_id, _: record_id in after.ids)
-    models = [("before", before, 0.0), ("after", after, 0.0)]
+    models = [("before", before, _standing(before), 0.0), ("after", after, _standing(after), 0.0)]
     equals = None
     if retrain:
         started = time.perf_counter()
         reference = train(after.recipe, retain, report=report)
-        models.append(("retrain", reference, time.perf_counter() - started))
+        models.append(("retrain", reference, "reference", time.perf_counter() - started))
         equals = reference.digest() == after.digest()
     rows = tuple(
-        measure(model, forget, retain, test, method=name, claim=model.standing.value, seconds=seconds)
-        for name, model, seconds in models
+        measure(model, forget, retain, test, method=name, claim=claim, seconds=seconds)
+        for name, model, claim, seconds in models
     )
     return Comparison(rows=rows, removed=len(removed), equals_retraining=equals)
+
+
+def _standing(model: Trained) -> str:
+    """What may be said of what was removed so far; of a model from which nothing was, nothing."""
+    if not model.gone:
+        return "nothing removed"
+    return f"{model.standing.value}, {model.exactness}" if model.standing is Claim.EXACT else model.standing.value

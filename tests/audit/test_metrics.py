@@ -36,10 +36,22 @@ def test_auc_counts_pairs_and_delong_is_the_direct_formula(p, q, ties):
     half = stats.norm.ppf(0.975) * math.sqrt(variance)
     found = auc(positives, negatives)
     assert found.value == pytest.approx(float(psi.mean()), abs=1e-12)
+    if not variance:
+        # DeLong's would be a point; see test_no_spread_is_no_certainty.
+        assert found.interval.startswith("binomial")
+        assert found.low <= found.value <= found.high
+        return
     assert found.low == pytest.approx(max(0, float(psi.mean()) - half), abs=1e-9)
     assert found.high == pytest.approx(min(1, float(psi.mean()) + half), abs=1e-9)
     labels = np.r_[np.ones(p), np.zeros(q)]
     assert found.value == pytest.approx(roc_auc_score(labels, torch.cat([positives, negatives]).numpy()), abs=1e-12)
+
+
+@pytest.mark.parametrize("positives", [[2.0, 3.0], [1.0] * 5, [0.0] * 9])
+def test_no_spread_is_no_certainty(positives):
+    found = auc(torch.tensor(positives), torch.ones(len(positives)))
+    assert found.high - found.low > 0.3
+    assert found.interval == f"binomial over the smaller side ({len(positives)} against {len(positives)})"
 
 
 def test_auc_at_the_ends():

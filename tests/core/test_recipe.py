@@ -215,7 +215,7 @@ def test_a_recipe_file_is_read(tmp_path):
         ({"kind": "steps", "at": [5, 8]}, lambda e: 1.0 if e < 5 else 0.1 if e < 8 else 0.01),
         ({"kind": "steps", "at": [3], "factor": 0.5}, lambda e: 1.0 if e < 3 else 0.5),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "factor",  # a function's own name holds its address
 )
 def test_schedules_in_closed_form(schedule, factor):
     recipe = Recipe(model="mlp", epochs=20, schedule=schedule)

@@ -323,7 +323,9 @@ def test_a_model_from_elsewhere_keeps_its_weights_and_has_no_beginning(tmp_path)
     net = make_net((4,), 3)
     trained = adopt(net, RECIPE, records())
     assert trained.module is net
-    with pytest.raises(Unsupported, match=r"^a model trained elsewhere cannot be made anew; use a method that"):
+    with pytest.raises(
+        Unsupported, match=r"^a model trained elsewhere cannot be made anew; when loading it, give load"
+    ):
         load(trained.save(tmp_path / "model"))
 
 

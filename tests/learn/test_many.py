@@ -24,6 +24,7 @@ MODELS = {
 }
 OPTIMISERS = {
     "sgd": {"optimiser_args": {"lr": 0.1}},
+    "sgd, decay": {"optimiser_args": {"lr": 0.1}, "weight_decay": 0.1},
     "momentum": {"optimiser_args": {"lr": 0.05, "momentum": 0.9}, "weight_decay": 0.01},
     "nesterov": {"optimiser_args": {"lr": 0.05, "momentum": 0.9, "nesterov": True}, "schedule": {"kind": "cosine"}},
     "adam": {"optimiser": "adam", "optimiser_args": {"lr": 0.01, "betas": [0.8, 0.99]}, "weight_decay": 0.01},

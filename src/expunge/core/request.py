@@ -203,8 +203,13 @@ class Request:
         new_ids: list[str] = []
         for i in rows:
             new_ids.append(_next_name(self.ids[i], lambda name: name in records or name in gone or name in new_ids))
-        owners = [records.owners[p] for p in records.positions(self.ids[i] for i in rows)]
-        return Records(self.x[index], self.y[index], new_ids, owners, classes=records.classes)
+        old = records.take(self.ids[i] for i in rows)
+        new = Records(self.x[index], self.y[index], new_ids, old.owners, classes=records.classes)
+        same = (new.digests() == old.digests()).all(1)
+        if bool(same.any()):
+            which = old.ids[int(same.argmax())]
+            raise Misuse(f'the replacement of record "{which}" is the record itself; to keep it, leave it out')
+        return new
 
 
 def _next_name(record_id: str, taken: Callable[[str], bool]) -> str:

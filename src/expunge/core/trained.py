@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from expunge.core.claim import Claim
+from expunge.core.claim import Claim, Exactness
 from expunge.core.digest import canonical_json, digest_tensors, sha256_hex
 from expunge.core.errors import BadRecords, Misuse, UnreadableFile
 from expunge.core.recipe import Recipe
@@ -67,6 +67,9 @@ class Trained:
         gone: all records ever removed; cumulative, never overlapping `ids`.
         log: what training left behind, if kept.
         parts: the shards, in order; empty for a single model.
+        seal: a salted commitment to the rows trained on, so that other rows or owners under the same ids are refused;
+            None if not known.
+        exactness: in which sense EXACT may be said of it: once its coins were drawn anew, never pathwise again.
         standing: EXACT while the bytes are those of a training on `ids` alone; what the weakest method since then
             could claim otherwise. An exact method that reuses old bytes refuses to start from less than EXACT.
         secret: un-noised weights of a certified result: never served, saved or exported.
@@ -79,6 +82,8 @@ class Trained:
     log: TrainingLog | None = None
     parts: tuple[Trained, ...] = ()
     standing: Claim = Claim.EXACT
+    seal: str | None = None
+    exactness: Exactness = "pathwise"
     secret: State = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -115,6 +120,8 @@ class Trained:
             "ids": sorted(self.ids),
             "gone": sorted(self.gone),
             "standing": self.standing.value,
+            "seal": self.seal,
+            "exactness": self.exactness,
             "parts": len(self.parts),
             "digest": self.digest(),
         }
@@ -166,6 +173,8 @@ class Trained:
             log=_read_log(folder, about.get("log")),
             parts=parts,
             standing=Claim(about["standing"]),
+            seal=about["seal"],
+            exactness=about["exactness"],
         )
         if trained.digest() != about["digest"]:
             raise UnreadableFile(f"{folder} holds other parameters than were saved there; fetch it again")
@@ -218,7 +227,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
     if not isinstance(about, dict) or about.get("format") != "expunge-trained/1":
         raise UnreadableFile(f"{path} is not of format expunge-trained/1; make one with: expunge train")
     check = about.pop("check", None)
-    missing = {"recipe", "ids", "gone", "standing", "parts", "digest", "files"} - set(about)
+    missing = {"recipe", "ids", "gone", "standing", "seal", "exactness", "parts", "digest", "files"} - set(about)
     if missing:
         raise UnreadableFile(f'{path} lacks "{min(missing)}"; it was not written by expunge')
     if check != sha256_hex(canonical_json(about)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -52,7 +53,7 @@ def build(recipe: Recipe, parts: tuple[nn.Module, ...] = ()) -> nn.Module:
     dtype = getattr(torch, recipe.dtype)
     with seeded(recipe.seed, "init"):
         try:
-            return _make(recipe).to(dtype)
+            return _whole(_make(recipe)).to(dtype)
         except (CodeNotAllowed, BadRecipe):
             raise
         except (TypeError, ValueError) as error:
@@ -77,6 +78,16 @@ def _make(recipe: Recipe) -> nn.Module:
     return module
 
 
+def _whole(module: nn.Module) -> nn.Module:
+    """Refuse state that no checkpoint would hold: exact results would silently lose it."""
+    for name, part in module.named_modules():
+        if part._non_persistent_buffers_set:
+            raise Unsupported(
+                f'"{name or type(part).__name__}" has a buffer outside its state_dict; register it with persistent=True'
+            )
+    return module
+
+
 def _imported(name: str) -> Callable[..., nn.Module]:
     place, _, path = name.partition(":")
     try:
@@ -88,6 +99,12 @@ def _imported(name: str) -> Callable[..., nn.Module]:
     if not callable(found):
         raise BadRecipe(f"{name} is not callable; name a function or class that makes the module")
     return found
+
+
+def build_name(device: torch.device) -> str:
+    """What computes: trainings are the same bytes only on the same version of torch, instruction set and device."""
+    kernels = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return f"torch {torch.__version__} {platform.machine()} {kernels}"
 
 
 @contextmanager

@@ -7,7 +7,6 @@ order of the rows in the set, and the rows that are not in it, change nothing.
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from expunge.core.errors import BadRecipe, EmptyRetain, Stopped
 from expunge.core.recipe import Recipe
 from expunge.core.records import Records
 from expunge.core.trained import State, TrainingLog, copy_state
-from expunge.learn.build import seeded
+from expunge.learn.build import build_name, seeded
 from expunge.learn.resume import Progress, Saver
 
 Report = Callable[[str, int, int], None]
@@ -49,12 +48,6 @@ class Keep:
 
 
 NOTHING = Keep()
-
-
-def build_name(device: torch.device) -> str:
-    """What computes: trainings are the same bytes only on the same version of torch, instruction set and device."""
-    kernels = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return f"torch {torch.__version__} {platform.machine()} {kernels}"
 
 
 @contextmanager

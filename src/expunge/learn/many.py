@@ -15,12 +15,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from expunge.core.claim import Claim
 from expunge.core.errors import EmptyRetain, Misuse, Unsupported
 from expunge.core.recipe import Recipe
 from expunge.core.records import Records
 from expunge.core.trained import Trained, TrainingLog
-from expunge.learn.build import build
-from expunge.learn.loop import Report, Tally, build_name, prepare, reading_order
+from expunge.learn.build import build, build_name
+from expunge.learn.loop import Report, Tally, prepare, reading_order
 from expunge.learn.models import has_batch_norm, has_dropout
 from expunge.learn.stacked import Gradient, Update, stack_of
 
@@ -49,7 +50,7 @@ def train_many(
 
     Returns:
         The models, in order. Against single trainings: equal within 1e-9 in float64; in float32 rounding differs, and
-        grows with the number of steps.
+        grows with the number of steps. As their bytes are not those of `train`, they stand for no exact claim.
 
     Raises:
         Unsupported: for batch norm (its batch statistics cannot be kept apart under vmap), dropout (its coins would be
@@ -85,7 +86,7 @@ def train_many(
                 build=build_name(pool.x.device),
             )
             ids = frozenset(subsets[k].ids)
-            answer[k] = Trained(module=models[k].eval(), recipe=plan.recipe, ids=ids, log=log)
+            answer[k] = Trained(module=models[k].eval(), recipe=plan.recipe, ids=ids, log=log, standing=Claim.NONE)
     return [answer[k] for k in range(len(seeds))]
 
 

@@ -19,6 +19,7 @@ from expunge.core.recipe import Recipe
 from expunge.core.records import Records
 from expunge.core.store import write_atomically
 from expunge.core.trained import State, read_state
+from expunge.learn.build import build_name
 
 
 @dataclass
@@ -51,7 +52,9 @@ class Saver:
         self.every = every
         content = (row.tobytes() + owner.encode() for row, owner in zip(records.digests(), records.owners, strict=True))
         rows = sha256_hex(b"".join(sorted(hashlib.sha256(one).digest() for one in content)))
-        self.identity = sha256_hex(canonical_json([recipe.to_json(), rows, checkpoints, torch.get_num_threads()]))
+        self.identity = sha256_hex(
+            canonical_json([recipe.to_json(), rows, checkpoints, build_name(records.device), torch.get_num_threads()])
+        )
         self._claim_folder()
 
     def _claim_folder(self) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from expunge.core.claim import Claim
 from expunge.core.errors import EmptyRetain, Misuse
 from expunge.core.recipe import Recipe, Sharding
-from expunge.core.records import Records
+from expunge.core.records import Records, seal
 from expunge.core.trained import Trained
 from expunge.learn.build import EXTERNAL, build
 from expunge.learn.engine import LOCAL, Engine
@@ -35,7 +35,8 @@ def train(
 ) -> Trained:
     """Train a model, deterministically: the same recipe, rows and thread count give the same bytes.
 
-    The order of the rows in `records` does not matter, nor do their ids.
+    The order of the rows in `records` does not matter, nor do their ids, unless they are the owners: rows without an
+    owner are owned by their id, so that ids which are positions make positions matter. Give ids that do not shift.
 
     Args:
         recipe: how; `shape`, `outputs` and the shards' salt are filled in from the records.
@@ -79,6 +80,7 @@ def train(
         module = build(recipe).to(records.device)
         log = fit(module, recipe, records, keep=keep, saver=saver, report=report, tally=tally)
         trained = Trained(module=module, recipe=recipe, ids=frozenset(records.ids), log=log)
+    trained = replace(trained, seal=seal(records))
     if saver is not None:
         saver.clear()
     return trained
@@ -96,7 +98,7 @@ def adopt(module: nn.Module, recipe: Recipe, records: Records) -> Trained:
         records: what it was trained on.
     """
     recipe = replace(recipe, model=EXTERNAL, sharding=None, dtype=_dtype_of(module)).completed(records)
-    return Trained(module=module, recipe=recipe, ids=frozenset(records.ids), standing=Claim.NONE)
+    return Trained(module=module, recipe=recipe, ids=frozenset(records.ids), standing=Claim.NONE, seal=seal(records))
 
 
 def load(folder: str | Path, *, module: nn.Module | None = None) -> Trained:

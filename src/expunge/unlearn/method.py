@@ -16,7 +16,7 @@ from expunge.core.claim import Claim, Exactness, Guarantee
 from expunge.core.errors import Misuse, NothingChanged, Unsupported
 from expunge.core.events import AlreadyRemoved, Event, Removed, Replaced
 from expunge.core.protocols import Cost, Need, Unlearned
-from expunge.core.records import Records
+from expunge.core.records import Records, seal
 from expunge.core.request import Request, Split
 from expunge.core.trained import Trained
 from expunge.learn.loop import Tally
@@ -104,6 +104,7 @@ class Method(ABC):
             raise problem
         records.digests()  # computed once here, so that the selections made below share them
         split = request.split(records, ids=trained.ids, gone=trained.gone)
+        _refuse_other_rows(trained, split)
         noted: tuple[Event, ...] = (AlreadyRemoved(rows=split.already),) if split.already else ()
         started = time.perf_counter()
         if not len(split.forget):
@@ -118,9 +119,9 @@ class Method(ABC):
             self._refuse_useless(trained.module, done.trained.module)
         events = noted + done.events + self._booked(split, claim)
         return Unlearned(
-            trained=_booked_out(done.trained, trained, split, claim),
+            trained=_booked_out(done.trained, trained, split, claim, _sense(self, trained)),
             claim=claim,
-            exactness=self.exactness if claim is Claim.EXACT else None,
+            exactness=_sense(self, trained) if claim is Claim.EXACT else None,
             guarantee=done.guarantee,
             cost=cost,
             events=events,
@@ -140,7 +141,7 @@ class Method(ABC):
         return Unlearned(
             trained=trained,
             claim=Claim.EXACT if exact else Claim.NONE,
-            exactness=self.exactness if exact else None,
+            exactness=trained.exactness if exact else None,
             guarantee=None,
             cost=Cost(seconds=0.0),
             events=noted,
@@ -158,7 +159,24 @@ class Method(ABC):
         return (removed, Replaced(rows=len(split.added))) if split.added else (removed,)
 
 
-def _booked_out(done: Trained, before: Trained, split: Split, claim: Claim) -> Trained:
+def _sense(method: Method, before: Trained) -> Exactness | None:
+    """Coins drawn anew once stay drawn anew: whoever drew them may have drawn until the result pleased."""
+    return "in law" if method.exactness and before.exactness == "in law" else method.exactness
+
+
+def _refuse_other_rows(trained: Trained, split: Split) -> None:
+    """Misuse if the rows given under the model's ids are not those that it was trained on."""
+    if trained.seal is None:
+        return
+    kept = split.retain.where(lambda record_id, _: record_id not in split.added) if split.added else split.retain
+    if seal(kept, split.forget, salt=trained.seal.partition(":")[0]) != trained.seal:
+        raise Misuse(
+            "the records are not those that the model was trained on: under the same ids, content or owners differ; "
+            "give the same data, read with the same options (columns, --owners)"
+        )
+
+
+def _booked_out(done: Trained, before: Trained, split: Split, claim: Claim, exactness: Exactness | None) -> Trained:
     """The result with its books kept: ids, gone, standing, and no log of rows that are gone."""
     forgotten = frozenset(split.forget.ids)
     exact = claim is Claim.EXACT
@@ -167,5 +185,7 @@ def _booked_out(done: Trained, before: Trained, split: Split, claim: Claim) -> T
         ids=(before.ids - forgotten) | split.added,
         gone=before.gone | forgotten,
         log=done.log if exact else None,
+        seal=None if before.seal is None else seal(split.retain),
+        exactness=exactness or before.exactness,
         standing=claim if exact else Claim.weaker(claim, before.standing),
     )

@@ -12,7 +12,7 @@ from expunge.core.errors import Unsupported
 from expunge.core.events import Event, Retrained
 from expunge.core.protocols import Need
 from expunge.core.trained import Trained, device_of
-from expunge.learn.loop import build_name
+from expunge.learn.build import build_name
 from expunge.learn.shards import first_unclean_slices, retrain_shards
 from expunge.unlearn.method import Done, Method, Task
 
