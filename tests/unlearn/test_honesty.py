@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from expunge import (
+    BadRecipe,
     Claim,
     Constant,
     FineTune,
@@ -62,6 +63,39 @@ def test_coins_drawn_anew_are_never_pathwise_again(tmp_path: Path) -> None:
     for start in (fresh.trained, saved):
         assert Retrain()(start, RECORDS, Request.remove(["1"]), rng=generator(0)).exactness == "in law"
         assert Retrain()(start, RECORDS, Request.remove(["2"]), rng=generator(0)).exactness == "in law"
+
+
+def test_an_exact_method_makes_good_what_one_without_a_claim_did() -> None:
+    request = Request.remove(["1"])
+    tuned = FineTune()(train(RECIPE, RECORDS), RECORDS, request, rng=generator(0)).trained
+    healed = Retrain()(tuned, RECORDS, request, rng=generator(0))
+    assert (healed.claim, healed.trained.standing, healed.trained.gone) == (Claim.EXACT, Claim.EXACT, {"1"})
+    assert healed.trained.digest() == train(RECIPE, RECORDS.without(["1"])).digest()
+
+
+def test_a_text_is_not_a_list_of_ids() -> None:
+    with pytest.raises(Misuse, match="ids must be several"):
+        Request.remove("12")
+    with pytest.raises(Misuse, match=r"rng must be a torch.Generator, got int; use expunge.generator\(0\)"):
+        Retrain()(train(RECIPE, RECORDS), RECORDS, Request.remove(["1"]), rng=0)  # type: ignore[arg-type]
+
+
+def narrow(shape: list[int], outputs: int) -> nn.Module:
+    return nn.Linear(3, outputs)
+
+
+def wide(shape: list[int], outputs: int) -> nn.Module:
+    return nn.Linear(shape[0], outputs + 5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), [(narrow, "cannot read rows of shape"), (wide, "must give \\(rows, 2\\)")]
+)
+def test_a_module_that_does_not_fit_is_refused_before_training(make, message: str) -> None:
+    with pytest.raises(BadRecipe, match=message):
+        train(replace(RECIPE, model=allow_code(make)), RECORDS)
+    with pytest.raises(BadRecipe, match="not a module; see adopt"):
+        allow_code(nn.Linear(3, 3))
 
 
 class Hoarder(nn.Module):

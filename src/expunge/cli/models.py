@@ -139,7 +139,8 @@ def forget(
         "digest": answer.trained.digest(),
         "events": [event.to_json() for event in answer.events],
     }
-    say(as_json, about, f"removed {removed:,} records by {chosen.name}; saved in {out}\n{answer}")
+    what = f"removed {removed:,} records" if removed else "nothing left to remove: all of these were removed before"
+    say(as_json, about, f"{what}; {chosen.name}; saved in {out}\n{answer}")
 
 
 def evaluate(

@@ -79,7 +79,9 @@ class Request:
 
     @classmethod
     def remove(cls, ids: Iterable[str], **about: object) -> Request:
-        """Remove these records. `about` takes asked_by, key, received_at, due_at."""
+        """Remove these records. `about` takes asked_by, key, received_at, due_at. Misuse for a single string."""
+        if isinstance(ids, str):
+            raise Misuse(f'ids must be several, got the single text "{ids}"; give a list: ["{ids}"]')
         return replace(cls(kind="remove", ids=tuple(ids)), **about)  # type: ignore[arg-type]
 
     @classmethod

@@ -91,6 +91,13 @@ class Trained:
         if both:
             raise BadRecords(f'record "{min(both)}" cannot be both trained on and gone; gone stays gone')
 
+    def __repr__(self) -> str:
+        made = f"{len(self.parts)} shards" if self.parts else "one model"
+        return (
+            f"Trained({self.recipe.model}, {made}, {len(self.ids):,} records, {len(self.gone):,} gone, "
+            f"standing {self.standing.value})"
+        )
+
     def digest(self) -> str:
         """SHA-256 of the canonical manifest of all parameters and buffers, those of the parts for a sharded model."""
         return digest_tensors(self.module.state_dict())

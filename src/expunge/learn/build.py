@@ -33,6 +33,10 @@ def allow_code(name: str | Callable[..., nn.Module]) -> str:
     if isinstance(name, str):
         _allowed.setdefault(name, None)
         return name
+    if isinstance(name, nn.Module) or not hasattr(name, "__qualname__"):
+        raise BadRecipe(
+            "allow_code takes the function or class that makes the module, not a module; see adopt for those"
+        )
     full = f"{name.__module__}:{name.__qualname__}"
     _allowed[full] = name
     return full

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from expunge.core.claim import Claim
-from expunge.core.errors import EmptyRetain, Misuse
+from expunge.core.errors import BadRecipe, EmptyRetain, Misuse
 from expunge.core.recipe import Recipe, Sharding
 from expunge.core.records import Records, seal
 from expunge.core.trained import Trained
 from expunge.learn.build import EXTERNAL, build
 from expunge.learn.engine import LOCAL, Engine
 from expunge.learn.loop import NOTHING, Keep, Report, Tally, fit
+from expunge.learn.predict import outputs
 from expunge.learn.resume import Saver
 from expunge.learn.shards import train_shards
 
@@ -78,6 +79,8 @@ def train(
         trained = train_shards(recipe, records, keep=keep, saver=saver, report=report, engine=engine, tally=tally)
     else:
         module = build(recipe).to(records.device)
+        if ":" in recipe.model:
+            _try(module, recipe, records)
         log = fit(module, recipe, records, keep=keep, saver=saver, report=report, tally=tally)
         trained = Trained(module=module, recipe=recipe, ids=frozenset(records.ids), log=log)
     trained = replace(trained, seal=seal(records))
@@ -99,6 +102,19 @@ def adopt(module: nn.Module, recipe: Recipe, records: Records) -> Trained:
     """
     recipe = replace(recipe, model=EXTERNAL, sharding=None, dtype=_dtype_of(module)).completed(records)
     return Trained(module=module, recipe=recipe, ids=frozenset(records.ids), standing=Claim.NONE, seal=seal(records))
+
+
+def _try(module: nn.Module, recipe: Recipe, records: Records) -> None:
+    """BadRecipe if somebody's own module cannot read these rows, or gives other than the outputs that they need."""
+    try:
+        answer = outputs(module, records.select(range(min(2, len(records)))))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise BadRecipe(f"{recipe.model} cannot read rows of shape {records.shape}: {reason}") from None
+    if answer.dim() != 2 or answer.shape[1] != recipe.model_args["outputs"]:
+        raise BadRecipe(
+            f"{recipe.model} must give (rows, {recipe.model_args['outputs']}) outputs, got {tuple(answer.shape)}"
+        )
 
 
 def load(folder: str | Path, *, module: nn.Module | None = None) -> Trained:

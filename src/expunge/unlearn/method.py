@@ -91,7 +91,7 @@ class Method(ABC):
 
         Returns:
             The model after, with the claim, what it took, and what happened. A request that names nothing that is
-            still there returns the model as it is.
+            still there returns the model as it is, unless an exact method can make good what one without a claim did.
 
         Raises:
             UnknownRecord, NeverTrained, EmptyRetain: before any work; see `Request.split`.
@@ -99,6 +99,8 @@ class Method(ABC):
             NothingChanged: if a method that proves nothing left every parameter as it was.
             Misuse: if the method's step was so long that a parameter is no longer finite.
         """
+        if not isinstance(rng, Generator):
+            raise Misuse(f"rng must be a torch.Generator, got {type(rng).__name__}; use expunge.generator(0)")
         problem = self.supports(trained)
         if problem is not None:
             raise problem
@@ -107,7 +109,8 @@ class Method(ABC):
         _refuse_other_rows(trained, split)
         noted: tuple[Event, ...] = (AlreadyRemoved(rows=split.already),) if split.already else ()
         started = time.perf_counter()
-        if not len(split.forget):
+        heals = split.already and self.claim is Claim.EXACT and trained.standing is not Claim.EXACT
+        if not len(split.forget) and not heals:
             return self._identity(trained, noted)
         tally = Tally()
         work = trained if self.claim is Claim.EXACT else replace(trained, module=copy.deepcopy(trained.module))
