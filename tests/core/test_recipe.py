@@ -311,3 +311,13 @@ def test_shards_and_slices_are_independent():
     places = np.array([(sharding.shard_of(f"o{i}"), sharding.slice_of(f"o{i}")) for i in range(3200)])
     table = np.histogram2d(*places.T, bins=4)[0]
     assert np.square(table - 200).sum() / 200 < 44.3  # chi-squared, 15 degrees: passes with probability 0.9999
+
+
+@pytest.mark.parametrize(
+    "schedule", [{"kind": "cosine"}, {"kind": "linear"}, {"kind": "steps", "at": [5], "factor": 0.1}]
+)
+def test_a_stage_goes_through_the_whole_schedule(schedule):
+    whole = Recipe(model="mlp", epochs=10, schedule=schedule)
+    stage = whole.staged(4)
+    assert [stage.lr_factor(e) for e in range(4)] == pytest.approx([whole.lr_factor(e) for e in (0, 2.5, 5, 7.5)])
+    assert whole.staged(10) == whole

@@ -208,6 +208,13 @@ class Recipe:
             sharding = replace(sharding, salt=f"{seed_of(self.seed, 'salt'):016x}")
         return replace(self, model_args={**expected, **self.model_args}, sharding=sharding)
 
+    def staged(self, epochs: int) -> Recipe:
+        """This recipe over another number of epochs, its schedule stretched to reach its end there."""
+        schedule = dict(self.schedule)
+        if schedule["kind"] == "steps":
+            schedule["at"] = [round(at * epochs / max(self.epochs, 1)) for at in schedule["at"]]
+        return replace(self, epochs=epochs, schedule=schedule)
+
     def part(self, shard: int) -> Recipe:
         """The recipe of one shard: the same with a seed that is a function of salt and shard, and no sharding."""
         if self.sharding is None:

@@ -146,10 +146,9 @@ def _trained_part(job: _Job, tally: Tally) -> Trained:
 def _train_slice(module: nn.Module, job: _Job, rows: Records, stage: int, tally: Tally) -> TrainingLog:
     return fit(
         module,
-        job.recipe,
+        job.recipe.staged(slice_epochs(job.recipe.epochs, job.sharding.slices)),
         rows,
         stage=f"slice-{stage}",
-        epochs=slice_epochs(job.recipe.epochs, job.sharding.slices),
         keep=job.keep,
         saver=job.saver,
         report=job.report,
