@@ -170,9 +170,9 @@ class _Chunk:
     def train(self) -> None:
         """Train all models of the chunk, and write the result back into them."""
         steps = self.plans[0].steps
-        width = min(max(self.plans[0].steps_in_epoch, 1), _WINDOW // (len(self.plans) * self.batch_size))
-        for start in range(0, steps, max(width, 1)):
-            self._window(start, min(max(width, 1), steps - start))
+        width = max(1, min(self.plans[0].steps_in_epoch, _WINDOW // (len(self.plans) * self.batch_size)))
+        for start in range(0, steps, width):
+            self._window(start, min(width, steps - start))
             if self.report is not None:
                 self.report("many", min(start + width, steps), steps)
         self.stack.write_back(self.models)
