@@ -46,7 +46,7 @@ demo: $(READY) ## tell the whole story on real data
 # Two test processes on a small machine: one thread each, or they fight over the cores.
 test: $(DEV) ## run the tests and the examples in the docstrings
 	@echo "==> tests and docstring examples"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests src/expunge --doctest-modules -n $(JOBS) --dist loadfile -q
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests src/expunge --doctest-modules -n $(JOBS) --dist loadfile -q -rfEs
 
 lint: $(DEV) ## ruff, the format and strict types
 	@echo "==> ruff check"

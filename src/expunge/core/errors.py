@@ -8,11 +8,15 @@
     |   |-- NeverTrained          a record that this model was never trained on
     |   |-- EmptyRetain           a request that would leave nothing to train on
     |   |-- UnreadableFile        a file that is not what it is said to be
-    |   `-- CodeNotAllowed        a recipe that names code, without leave to run it
+    |   |-- CodeNotAllowed        a recipe that names code, without leave to run it
+    |   |-- OtherBody             a request under a key that another request was filed under
+    |   `-- NotNow                a step that a request in this state cannot take
     |-- Unsupported               not possible here; the message names what is            (exit code 3)
     |-- Impossible                not possible anywhere; the message says why             (exit code 3)
     |-- NothingChanged            a method returned the model as it was and called it done
     |-- Corrupt                   stored bytes are not those that were written
+    |-- Overtaken                 another worker has taken over; nothing was changed        (exit code 4)
+    |-- Unwritable                the disk or database refused; nothing was changed         (exit code 4)
     `-- Stopped                   interrupted; the message says how to go on              (exit code 4)
 
 A message is one line: what was wrong, what was got, what to do instead.
@@ -59,6 +63,14 @@ class CodeNotAllowed(Misuse):
     """A recipe names code (``package.module:callable``) and nobody has allowed it to run."""
 
 
+class OtherBody(Misuse):
+    """A request under an idempotency key that another request was filed under."""
+
+
+class NotNow(Misuse):
+    """A step that a request cannot take in the state that it is in."""
+
+
 class Unsupported(ExpungeError):
     """Not possible here, though possible otherwise: the message names what to use."""
 
@@ -77,6 +89,18 @@ class NothingChanged(ExpungeError):
 
 class Corrupt(ExpungeError):
     """Stored bytes are not those that were written."""
+
+
+class Overtaken(ExpungeError):
+    """Another worker has taken over what this one was doing; nothing was changed."""
+
+    exit_code = 4
+
+
+class Unwritable(ExpungeError):
+    """The disk or the database refused to write; nothing was changed, and it is safe to run again."""
+
+    exit_code = 4
 
 
 class Stopped(ExpungeError):

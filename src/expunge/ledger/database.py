@@ -1,0 +1,177 @@
+"""One way to read and write, on SQLite and on PostgreSQL: whole transactions, one appender at a time, durable."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine, make_url
+
+from expunge.core.errors import Misuse, Unsupported, Unwritable
+from expunge.ledger.failpoints import failpoint
+
+Now = Callable[[], float]
+_APPENDERS = 0x45787075  # any number will do, as long as all workers take the same
+
+
+def stamp(moment: datetime) -> str:
+    """RFC 3339, in UTC, with microseconds: sorts as text."""
+    if moment.tzinfo is None:
+        raise Misuse(f"times need a zone, got {moment.isoformat()}; use datetime.now(timezone.utc)")
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def moment(text: str) -> datetime:
+    """What `stamp` wrote."""
+    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=UTC)
+
+
+class Database:
+    """A SQLite file or a PostgreSQL database.
+
+    SQLite keeps a write-ahead log, syncs at every commit, and overwrites what is deleted; it belongs on a local disk
+    of one machine. Leases on PostgreSQL go by the server's clock, so that workers' clocks need not agree.
+    """
+
+    def __init__(self, url: str, *, now: Now | None = None) -> None:
+        """Connect to ``sqlite:///path`` or ``postgresql://...`` (by psycopg 3).
+
+        Args:
+            url: which; a password may stand in it and is never shown.
+            now: seconds since 1970; None takes the system's clock, on PostgreSQL the server's.
+        """
+        self.url = make_url(url)
+        self._now = now
+        if self.url.get_backend_name() == "sqlite":
+            self.engine = _sqlite(self.url)
+        elif self.url.get_backend_name() == "postgresql":
+            self.engine = _postgresql(self.url)
+        else:
+            raise Unsupported(f"ledgers live in SQLite or PostgreSQL, got {self.url.get_backend_name()}; use one")
+
+    @property
+    def on_sqlite(self) -> bool:
+        """True on SQLite."""
+        return self.url.get_backend_name() == "sqlite"
+
+    def __str__(self) -> str:
+        return self.url.render_as_string(hide_password=True)
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """Within: one consistent view."""
+        with self._explained(), self.engine.connect() as connection:
+            yield connection.execution_options(readonly=True)
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """Within: one transaction, committed at the end, or undone whole at an error.
+
+        Raises:
+            Unwritable: if the disk is full or read-only, or the database cannot be reached; nothing was changed.
+        """
+        with self._explained(), self.engine.begin() as connection:
+            failpoint("before update")
+            yield connection
+            failpoint("before commit")
+        failpoint("after commit")
+
+    def lock_appends(self, connection: Connection) -> None:
+        """Until the transaction ends, no other appends. (On SQLite it holds the only write lock already.)"""
+        if not self.on_sqlite:
+            connection.execute(_TAKE_LOCK, {"lock": _APPENDERS})
+
+    def now(self, connection: Connection) -> float:
+        """Seconds since 1970, by the clock that all workers share."""
+        if self._now is not None:
+            return self._now()
+        if self.on_sqlite:
+            return time.time()
+        return float(connection.execute(_SERVER_CLOCK).scalar_one())
+
+    def utc(self, connection: Connection) -> str:
+        """The same as a time stamp."""
+        return stamp(datetime.fromtimestamp(self.now(connection), UTC))
+
+    def upgrade(self) -> None:
+        """Bring the tables to this release's form, in one transaction. Cost: one query if there is nothing to do.
+
+        Raises:
+            Unsupported: if a newer release wrote them.
+        """
+        from expunge.ledger import upgrades
+
+        with self._explained(), self.engine.begin() as connection:
+            self.lock_appends(connection)
+            upgrades.run(connection)
+
+    def forget_pages(self) -> None:
+        """Take deleted content out of what the database itself keeps: SQLite's write-ahead log, PostgreSQL's tables.
+
+        PostgreSQL's own write-ahead log and backups are outside, and certificates say so.
+        """
+        with self._explained(), self.engine.connect() as connection:
+            if self.on_sqlite:
+                raw: Any = connection.connection.dbapi_connection
+                busy = raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+                if busy:
+                    raise Unwritable("another process reads the ledger, so its write-ahead log stays; run it again")
+            else:
+                connection.execution_options(isolation_level="AUTOCOMMIT").execute(sa.text("VACUUM body, record"))
+
+    def close(self) -> None:
+        """Let go of all connections."""
+        self.engine.dispose()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except sa.exc.IntegrityError:
+            raise
+        except sa.exc.DatabaseError as error:
+            reason = " ".join(str(error.orig).split())
+            raise Unwritable(
+                f"the ledger at {self} could not be read or written ({reason}); nothing was changed: "
+                "mend it and run again"
+            ) from error
+
+
+_TAKE_LOCK = sa.text("SELECT pg_advisory_xact_lock(:lock)")
+_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "temp_store=MEMORY")
+_SERVER_CLOCK = sa.text("SELECT extract(epoch FROM clock_timestamp())")
+
+
+def _sqlite(url: sa.URL) -> Engine:
+    if not url.database or url.database == ":memory:":
+        raise Misuse("a ledger in memory would be lost at once; give a file: sqlite:///path/ledger.db")
+    Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = sa.create_engine(url, connect_args={"timeout": 30})
+
+    @sa.event.listens_for(engine, "connect")
+    def _prepare(raw: Any, _: object) -> None:
+        raw.isolation_level = None  # the driver's own BEGIN comes too late and lets two writers deadlock
+        for pragma in _PRAGMAS:
+            raw.execute(f"PRAGMA {pragma}")
+
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        readonly = connection.get_execution_options().get("readonly")
+        connection.exec_driver_sql("BEGIN" if readonly else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _postgresql(url: sa.URL) -> Engine:
+    try:
+        import psycopg  # noqa: F401
+    except ImportError:
+        raise Unsupported(
+            "PostgreSQL needs psycopg 3; install it: pip install 'expunge[postgres]', or use SQLite"
+        ) from None
+    return sa.create_engine(url.set(drivername="postgresql+psycopg"), pool_pre_ping=True)

@@ -1,0 +1,215 @@
+"""The append-only log: every event is a leaf of one Merkle tree, whose root is signed after the commit."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from expunge.core.errors import Corrupt, Misuse, UnknownRecord
+from expunge.core.store import write_atomically
+from expunge.ledger import check
+from expunge.ledger.database import Database
+from expunge.ledger.keys import Keys
+from expunge.ledger.tables import checkpoint as checkpoints
+from expunge.ledger.tables import entry as entries
+from expunge.ledger.tree import Tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One event. `request` is empty for events of a model; `body` holds counts, digests and reasons, never names."""
+
+    index: int
+    kind: str
+    request: str
+    at: str
+    body: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain JSON values; what the leaf is the hash of."""
+        return {"index": self.index, "kind": self.kind, "request": self.request, "at": self.at, "body": self.body}
+
+    def leaf(self) -> bytes:
+        """Hash of the entry in the log's tree."""
+        return check.leaf_hash(check.canonical(self.to_json()))
+
+
+class Log:
+    """The log of one ledger.
+
+    Proofs are made from a tree in memory that follows the table: the first proof of a process reads all leaf hashes
+    (0.2 s for 100,000), later ones only what is new.
+    """
+
+    def __init__(self, database: Database, keys: Keys, origin: str, anchor: Path | None) -> None:
+        """The log called `origin`; `anchor` is the file, outside the database, that holds the last checkpoint."""
+        self.database, self.keys, self.origin, self.anchor = database, keys, origin, anchor
+        self._tree = Tree()
+
+    def append(
+        self, connection: Connection, events: Sequence[tuple[str, str, Mapping[str, Any]]], at: str
+    ) -> list[Entry]:
+        """Append (kind, request, body) events within the connection's transaction; no other appends until it ends."""
+        self.database.lock_appends(connection)
+        size = connection.execute(SIZE).scalar_one()
+        made = [
+            Entry(index=size + i, kind=kind, request=request, at=at, body=body)
+            for i, (kind, request, body) in enumerate(events)
+        ]
+        rows = [
+            {
+                "idx": entry.index,
+                "request": entry.request,
+                "kind": entry.kind,
+                "at": entry.at,
+                "body": check.canonical(entry.body).decode("utf-8"),
+                "leaf": entry.leaf(),
+            }
+            for entry in made
+        ]
+        if rows:
+            connection.execute(_INSERT, rows)
+        return made
+
+    def __len__(self) -> int:
+        with self.database.read() as connection:
+            return int(connection.execute(SIZE).scalar_one())
+
+    def entry(self, index: int) -> Entry:
+        """The entry at this place; UnknownRecord if there is none, Corrupt if it is not what was written."""
+        with self.database.read() as connection:
+            row = connection.execute(sa.select(entries).where(entries.c.idx == index)).first()
+        if row is None:
+            raise UnknownRecord(f"the log has no entry {index}; it has {len(self)}")
+        return self.read(row)
+
+    def read(self, row: Any) -> Entry:
+        """The entry in a row of the table; Corrupt if its columns do not give its leaf hash."""
+        fault = fault_of(row)
+        if fault is not None:
+            raise Corrupt(f"{fault}; somebody changed the database: restore it from a backup")
+        return _entry(row)
+
+    def entries(self, request: str | None = None, *, start: int = 0) -> Iterator[Entry]:
+        """All entries, or those of one request, in order."""
+        query = sa.select(entries).where(entries.c.idx >= start).order_by(entries.c.idx)
+        with self.database.read() as connection:
+            for row in connection.execute(query if request is None else query.where(entries.c.request == request)):
+                yield self.read(row)
+
+    def tree(self) -> Tree:
+        """The tree over all entries committed so far."""
+        query = sa.select(entries.c.idx, entries.c.leaf).where(entries.c.idx >= len(self._tree))
+        with self.database.read() as connection:
+            for row in connection.execute(query.order_by(entries.c.idx)):
+                if row.idx != len(self._tree):
+                    raise Corrupt(f"entry {len(self._tree)} is missing from the log; restore it from a backup")
+                self._tree.append(row.leaf)
+        return self._tree
+
+    def checkpoint(self) -> str:
+        """Sign the log as it is committed now; kept in the database and, first, outside of it. Returns the note.
+
+        Never called within a transaction: what is signed must not be undone.
+
+        Raises:
+            Corrupt: if the log no longer holds what was signed before.
+        """
+        with self._anchored() as before:
+            tree = self.tree()
+            self._refuse_other_history(before)
+            note = self.keys.sign_checkpoint(check.Checkpoint(self.origin, len(tree), tree.root()))
+            if self.anchor is not None:
+                write_atomically(self.anchor, note.encode("utf-8"))
+        with self.database.write() as connection:
+            if connection.execute(sa.select(checkpoints.c.size).where(checkpoints.c.size == len(tree))).first() is None:
+                connection.execute(checkpoints.insert().values(size=len(tree), note=note))
+        return note
+
+    def last_checkpoint(self) -> check.Checkpoint | None:
+        """The last checkpoint kept outside the database; None if there is none yet."""
+        if self.anchor is None or not self.anchor.exists():
+            return None
+        try:
+            return check.open_note(self.anchor.read_text(encoding="utf-8"), self.keys.trusted)
+        except (check.Refused, UnicodeDecodeError) as error:
+            raise Corrupt(f"the checkpoint in {self.anchor} is not one of this ledger ({error}); restore it") from None
+
+    def last_note(self) -> str:
+        """The last checkpoint in the database, as it was signed; signs one if there is none yet."""
+        query = sa.select(checkpoints.c.note).order_by(checkpoints.c.size.desc()).limit(1)
+        with self.database.read() as connection:
+            note: str | None = connection.execute(query).scalar()
+        return self.checkpoint() if note is None else note
+
+    def refuse_rollback(self) -> None:
+        """Corrupt if the database holds less, or other, than was signed: an old backup was put in its place."""
+        self._refuse_other_history(self.last_checkpoint())
+
+    def _refuse_other_history(self, signed: check.Checkpoint | None) -> None:
+        if signed is None:
+            return
+        tree = self.tree()
+        if signed.origin != self.origin:
+            raise Corrupt(f'the checkpoint outside is of log "{signed.origin}", and this is "{self.origin}"')
+        if len(tree) < signed.size:
+            raise Corrupt(
+                f"the ledger was rolled back: it has {len(tree)} entries and {signed.size} were signed; an old "
+                "backup was restored, so put the newest in its place"
+            )
+        if tree.root(signed.size) != signed.root:
+            raise Corrupt(f"history was rewritten: the first {signed.size} entries are not those that were signed")
+
+    @contextmanager
+    def _anchored(self) -> Iterator[check.Checkpoint | None]:
+        """Within: no other process signs, so that the checkpoint outside never goes back."""
+        if self.anchor is None:
+            yield None
+            return
+        self.anchor.parent.mkdir(parents=True, exist_ok=True)
+        with self.anchor.with_name(self.anchor.name + ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield self.last_checkpoint()
+
+    def consistency(self, old: int, new: int | None = None) -> bytes:
+        """A file that proves that the log of a later checkpoint begins with that of an earlier one.
+
+        Args:
+            old: size of a checkpoint that was signed.
+            new: size of a later one; the last if None.
+        """
+        with self.database.read() as connection:
+            notes = dict(connection.execute(sa.select(checkpoints.c.size, checkpoints.c.note)).tuples().all())
+        new = max(notes, default=0) if new is None else new
+        for size in (old, new):
+            if size not in notes:
+                raise Misuse(f"no checkpoint of size {size} was signed; there are {', '.join(map(str, sorted(notes)))}")
+        proof = [node.hex() for node in self.tree().consistency(old, new)]
+        made = {"format": check.CONSISTENCY_FORMAT, "old": notes[old], "new": notes[new], "proof": proof}
+        return check.canonical(made)
+
+
+SIZE = sa.select(sa.func.coalesce(sa.func.max(entries.c.idx), -1) + 1)
+_INSERT = entries.insert()
+
+
+def _entry(row: Any) -> Entry:
+    return Entry(
+        index=row.idx, kind=row.kind, request=row.request, at=row.at, body=check.parse(row.body.encode("utf-8"))
+    )
+
+
+def fault_of(row: Any) -> str | None:
+    """What is wrong with a row of the table, if its columns do not give its leaf hash."""
+    try:
+        good = _entry(row).leaf() == bytes(row.leaf)
+    except (check.Refused, UnicodeEncodeError, AttributeError, TypeError):
+        good = False
+    return None if good else f"entry {row.idx}: its columns do not give its leaf hash"
