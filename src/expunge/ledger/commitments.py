@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -32,7 +33,7 @@ class Commitments:
         Rows that a run brings in count only from `admit` on.
         """
         state = None if run is None else _STAGED + run
-        made = []
+        made: list[dict[str, Any]] = []
         digests = records.digests()
         for place, (record_id, owner) in enumerate(zip(records.ids, records.owners, strict=True)):
             key = next(self._draw)
@@ -76,7 +77,7 @@ class Commitments:
 
     def openings(self, connection: Connection, model: str, run: str | None = None) -> dict[str, tuple[bytes, bytes]]:
         """Key and commitment, by pseudonym, of every record that the model stands on or that this run brings in."""
-        mine = records_table.c.run.is_(None)
+        mine: sa.ColumnElement[bool] = records_table.c.run.is_(None)
         if run is not None:
             mine = sa.or_(mine, records_table.c.run == _STAGED + run)
         query = sa.select(records_table.c.name, records_table.c.key, records_table.c.commitment).where(

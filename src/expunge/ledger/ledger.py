@@ -12,11 +12,11 @@ from expunge.ledger.clock import GDPR, Clock
 from expunge.ledger.commitments import Commitments
 from expunge.ledger.database import Database, Now
 from expunge.ledger.faults import faults
+from expunge.ledger.jobs import Runs
 from expunge.ledger.keys import Keys, record_keys
 from expunge.ledger.log import Log
 from expunge.ledger.models import Models
 from expunge.ledger.requests import Requests
-from expunge.ledger.runs import Runs
 from expunge.ledger.tables import meta
 
 

@@ -12,9 +12,9 @@ from expunge.core.errors import Corrupt, Misuse, UnknownRecord
 from expunge.core.records import Records
 from expunge.ledger.commitments import Commitments
 from expunge.ledger.database import Database
+from expunge.ledger.jobs import Run, Runs
 from expunge.ledger.log import Entry, Log
 from expunge.ledger.recordset import RecordSet, SetRoot
-from expunge.ledger.runs import Run, Runs
 from expunge.ledger.tables import entry as entries
 from expunge.ledger.tables import model as models
 
