@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from expunge.core.digest import array_of
 from expunge.core.errors import EmptyRetain, Misuse, NeverTrained, UnknownRecord
 from expunge.core.records import Records
 
@@ -103,6 +105,29 @@ class Request:
     def remove_rows(cls, owner: str, x: Tensor, y: Tensor, **about: object) -> Request:
         """Remove this owner's records that equal these rows; a row given twice removes up to two copies."""
         return replace(cls(kind="remove_rows", owner=owner, x=x, y=y), **about)  # type: ignore[arg-type]
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as plain JSON values; rows as base64 of their little-endian bytes."""
+        rows = {name: None if t is None else _to_text(t) for name, t in (("x", self.x), ("y", self.y))}
+        times = {name: None if t is None else t.isoformat() for name, t in self._times().items()}
+        plain = {name: getattr(self, name) for name in ("kind", "owner", "label", "asked_by", "key")}
+        return {**plain, "ids": list(self.ids), **rows, **times}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Request:
+        """What `to_json` gave; Misuse for anything else."""
+        try:
+            rows: dict[str, Any] = {name: None if data[name] is None else _from_text(data[name]) for name in ("x", "y")}
+            times: dict[str, Any] = {
+                n: None if data[n] is None else datetime.fromisoformat(data[n]) for n in ("received_at", "due_at")
+            }
+            plain = {name: data[name] for name in ("kind", "owner", "label", "asked_by", "key")}
+            return cls(ids=tuple(data["ids"]), **plain, **rows, **times)
+        except (KeyError, TypeError, ValueError) as error:
+            raise Misuse(f"this is no request as to_json writes it ({error!r})") from None
+
+    def _times(self) -> dict[str, datetime | None]:
+        return {"received_at": self.received_at, "due_at": self.due_at}
 
     def named(
         self, records: Records, gone: frozenset[str] = frozenset(), ids: frozenset[str] | None = None
@@ -212,6 +237,19 @@ class Request:
             which = old.ids[int(same.argmax())]
             raise Misuse(f'the replacement of record "{which}" is the record itself; to keep it, leave it out')
         return new
+
+
+def _to_text(tensor: Tensor) -> dict[str, Any]:
+    data = base64.b64encode(array_of(tensor).tobytes()).decode("ascii")
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "data": data}
+
+
+def _from_text(data: Mapping[str, Any]) -> Tensor:
+    dtype = getattr(torch, data["dtype"], None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"no dtype {data['dtype']}")
+    flat = torch.frombuffer(bytearray(base64.b64decode(data["data"], validate=True)), dtype=dtype)
+    return flat.reshape(data["shape"])
 
 
 def _next_name(record_id: str, taken: Callable[[str], bool]) -> str:

@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,6 +101,19 @@ class Trained:
     def digest(self) -> str:
         """SHA-256 of the canonical manifest of all parameters and buffers, those of the parts for a sharded model."""
         return digest_tensors(self.module.state_dict())
+
+    def renamed(self, name: Callable[[str], str]) -> Trained:
+        """The same model with every record called `name(id)`: with pseudonyms, it can be kept where ids must not be."""
+        log = self.log
+        if log is not None:
+            log = replace(log, batches=tuple(tuple(map(name, batch)) for batch in log.batches))
+        return replace(
+            self,
+            ids=frozenset(map(name, self.ids)),
+            gone=frozenset(map(name, self.gone)),
+            log=log,
+            parts=tuple(part.renamed(name) for part in self.parts),
+        )
 
     def save(self, folder: str | Path) -> Path:
         """Write the model as safetensors and JSON into a new folder, which appears whole or not at all.

@@ -33,6 +33,11 @@ class Tally:
     gradients: int = 0
     rows_read: int = 0
 
+    def saw(self, records: Records, positions: Tensor, x: Tensor, y: Tensor) -> None:
+        """A step is about to be made on the rows at these positions, which were read as `x` and `y`, as stored."""
+        self.gradients += len(y)
+        self.rows_read += len(y)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Keep:
@@ -206,15 +211,15 @@ class _Run:
         first = self.at.step - epoch * self.steps_in_epoch
         total = torch.zeros((), dtype=torch.float64, device=self.records.device) + self.at.partial_loss
         last = min(self.steps - epoch * self.steps_in_epoch, len(batches))
-        for x, y in self.records.batches(batches[first:last]):
+        chosen = batches[first:last]
+        for positions, (x, y) in zip(chosen, self.records.batches(chosen), strict=True):
+            self.tally.saw(self.records, positions, x, y)
             optimiser.zero_grad()
             loss = self.loss(module(prepare(x, self.dtype)), y)
             loss.backward()
             optimiser.step()
             total += loss.detach() * len(y)
             self.at.step += 1
-            self.tally.gradients += len(y)
-            self.tally.rows_read += len(y)
             self._after_step(total)
         rows = min(last * recipe.batch_size, len(self.records))
         self._after_epoch(epoch, float(total) / rows)

@@ -16,8 +16,7 @@ from expunge.ledger.keys import Keys, record_keys
 from expunge.ledger.recordset import RecordSet
 from expunge.ledger.tables import record as records_table
 
-_STAGED = "+"
-_GONE = records_table.c.run.is_not(None) & ~records_table.c.run.startswith(_STAGED)
+_GONE = records_table.c.run.is_not(None)
 
 
 class Commitments:
@@ -27,30 +26,18 @@ class Commitments:
         """`draw` gives the records' keys: fresh random bytes, unless a test wants others."""
         self.database, self.keys, self._draw = database, keys, draw()
 
-    def add(self, connection: Connection, model: str, records: Records, *, run: str | None = None) -> RecordSet:
-        """Commit to these rows, each under a key of its own. Cost: about 10 microseconds a row.
-
-        Rows that a run brings in count only from `admit` on.
-        """
-        state = None if run is None else _STAGED + run
+    def add(self, connection: Connection, model: str, records: Records) -> RecordSet:
+        """Commit to these rows, each under a key of its own. Cost: about 10 microseconds a row."""
         made: list[dict[str, Any]] = []
         digests = records.digests()
         for place, (record_id, owner) in enumerate(zip(records.ids, records.owners, strict=True)):
             key = next(self._draw)
             commitment = check.commitment(key, owner, digests[place].tobytes().hex())
             name = self.keys.pseudonym(record_id)
-            made.append({"model": model, "name": name, "commitment": commitment, "key": key, "run": state})
+            made.append({"model": model, "name": name, "commitment": commitment, "key": key, "run": None})
         if made:
             connection.execute(records_table.insert(), made)
         return RecordSet(row["commitment"] for row in made)
-
-    def admit(self, connection: Connection, run: str) -> None:
-        """From now on the rows that this run brought in count."""
-        connection.execute(records_table.update().where(records_table.c.run == _STAGED + run).values(run=None))
-
-    def drop(self, connection: Connection, run: str) -> None:
-        """Take back the rows that this run wanted to bring in."""
-        connection.execute(records_table.delete().where(records_table.c.run == _STAGED + run))
 
     def present(self, connection: Connection, model: str) -> RecordSet:
         """The set that the model stands on now."""
@@ -75,13 +62,10 @@ class Commitments:
                 )
         return found
 
-    def openings(self, connection: Connection, model: str, run: str | None = None) -> dict[str, tuple[bytes, bytes]]:
-        """Key and commitment, by pseudonym, of every record that the model stands on or that this run brings in."""
-        mine: sa.ColumnElement[bool] = records_table.c.run.is_(None)
-        if run is not None:
-            mine = sa.or_(mine, records_table.c.run == _STAGED + run)
+    def openings(self, connection: Connection, model: str) -> dict[str, tuple[bytes, bytes]]:
+        """Key and commitment, by pseudonym, of every record that the model stands on."""
         query = sa.select(records_table.c.name, records_table.c.key, records_table.c.commitment).where(
-            records_table.c.model == model, mine
+            records_table.c.model == model, records_table.c.run.is_(None)
         )
         return {row.name: (bytes(row.key), bytes(row.commitment)) for row in connection.execute(query)}
 

@@ -20,6 +20,8 @@ from expunge.ledger.requests import Requests
 from expunge.ledger.states import State
 from expunge.ledger.tables import body as bodies
 from expunge.ledger.tables import certificate as certificates
+from expunge.ledger.tables import entry as entries
+from expunge.ledger.tables import record as records
 from expunge.ledger.tables import request as requests
 from expunge.ledger.tables import run as runs
 
@@ -70,14 +72,11 @@ class Runs:
 
         Requests that need an exact method and others do not share a run: the exact ones come first.
         """
-        try:
-            with self.database.write() as connection:
-                active = _active(connection, model)
-                if active is not None:
-                    return self._take_over(connection, active, worker, lease_s)
-                return self._begin(connection, model, worker, lease_s, most)
-        except sa.exc.IntegrityError:  # somebody else began one at the same time
-            return None
+        with self.database.write() as connection:
+            active = _active(connection, model)
+            if active is not None:
+                return self._take_over(connection, active, worker, lease_s)
+            return self._begin(connection, model, worker, lease_s, most)
 
     def _take_over(self, connection: Connection, row: Any, worker: str, lease_s: float) -> Run | None:
         now = self.database.now(connection)
@@ -149,6 +148,30 @@ class Runs:
                 if row["state"] == State.RUNNING.value:
                     self.filed.step(connection, row, State.VERIFYING, event="verifying")
 
+    def erase_bodies(self, run: Run) -> None:
+        """Erase what its requests asked: from now on the run knows its records by their pseudonyms alone."""
+        with self.database.write() as connection:
+            self.hold(connection, run)
+            connection.execute(bodies.delete().where(bodies.c.request.in_(run.requests)))
+
+    def let_go(self, run: Run) -> None:
+        """Let another worker, or the next attempt, take the run over at once; nothing if it was lost already."""
+        with self.database.write() as connection:
+            mine = (runs.c.id == run.id) & (runs.c.fence == run.fence)
+            connection.execute(runs.update().where(mine).values(lease_until=0.0))
+
+    def finished(self, before: str) -> list[str]:
+        """Runs that were completed before this time stamp, the keys to whose records are still there."""
+        query = (
+            sa.select(requests.c.run)
+            .join(entries, entries.c.request == requests.c.id)
+            .join(records, records.c.run == requests.c.run)
+            .where(entries.c.kind == "completed", entries.c.at <= before, records.c.key.is_not(None))
+            .distinct()
+        )
+        with self.database.read() as connection:
+            return [str(name) for name in connection.execute(query).scalars()]
+
     def fail(self, run: Run, why: str) -> None:
         """End the run; its requests have failed, and may be tried again."""
         self._end(run, "failed", State.FAILED, why)
@@ -180,7 +203,8 @@ class Runs:
                 statement = statements[row["id"]]
                 said = {"certificate": sha256_hex(statement.payload), "run": run.id}
                 self._complete_one(connection, row, said, statement, run.id)
-            connection.execute(bodies.delete().where(bodies.c.request.in_(run.requests)))
+            mine = sa.select(requests.c.id).where(requests.c.run == run.id)
+            connection.execute(bodies.delete().where(bodies.c.request.in_(mine)))
 
     def _complete_one(
         self, connection: Connection, row: Mapping[str, Any], said: Mapping[str, str], statement: Statement, run: str

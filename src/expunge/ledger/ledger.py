@@ -85,6 +85,18 @@ class Ledger:
         """
         return list(faults(self.database, self.log, self.keys))
 
+    def destroy_keys(self, run: str) -> int:
+        """Destroy the keys to the records that a run removed, and log it; returns how many.
+
+        From then on nobody, this ledger included, can tell what their commitments commit to.
+        """
+        with self.database.write() as connection:
+            count = self.commitments.destroy_keys(connection, run)
+            if count:
+                said = {"run": run, "keys": count}
+                self.log.append(connection, [("keys destroyed", "", said)], self.database.utc(connection))
+        return count
+
     def close(self) -> None:
         """Let go of the database."""
         self.database.close()

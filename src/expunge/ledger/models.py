@@ -104,7 +104,6 @@ class Models:
             if now is None or now.version + 1 != served.version:
                 raise Corrupt(f"run {run.id} wanted to serve version {served.version} after {now}; run it again")
             self.commitments.removed(connection, served.name, removed, run.id)
-            self.commitments.admit(connection, run.id)
             values = {"version": served.version, "digest": served.digest, "folder": served.folder}
             connection.execute(models.update().where(models.c.name == served.name).values(**values))
             root = self.commitments.present(connection, served.name).root()

@@ -51,6 +51,10 @@ class RecordSet:
         place = bisect_left(self._members, member)
         return place < len(self._members) and self._members[place] == member
 
+    def plus(self, members: Iterable[bytes]) -> RecordSet:
+        """This set and these members, which it must not hold yet."""
+        return RecordSet([*self._members, *members])
+
     def root(self) -> SetRoot:
         """Count and root of the whole set."""
         return SetRoot(*self._subtree(0, len(self._members), 0))

@@ -80,7 +80,9 @@ class Method(ABC):
         return None
 
     @final
-    def __call__(self, trained: Trained, records: Records, request: Request, *, rng: Generator) -> Unlearned:
+    def __call__(
+        self, trained: Trained, records: Records, request: Request, *, rng: Generator, tally: Tally | None = None
+    ) -> Unlearned:
         """Carry out the request.
 
         Args:
@@ -88,6 +90,7 @@ class Method(ABC):
             records: the whole data set as registered. Rows that are gone may still be in it; they stay out.
             request: what to remove or replace.
             rng: names the coins; nothing is drawn from it.
+            tally: counts the work, and is told of every row that training reads.
 
         Returns:
             The model after, with the claim, what it took, and what happened. A request that names nothing that is
@@ -112,7 +115,7 @@ class Method(ABC):
         heals = split.already and self.claim is Claim.EXACT and trained.standing is not Claim.EXACT
         if not len(split.forget) and not heals:
             return self._identity(trained, noted)
-        tally = Tally()
+        tally = Tally() if tally is None else tally
         work = trained if self.claim is Claim.EXACT else replace(trained, module=copy.deepcopy(trained.module))
         task = Task(trained=work, forget=split.forget, retain=split.retain, tally=tally)
         done = self._apply(task, rng=rng)

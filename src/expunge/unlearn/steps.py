@@ -84,8 +84,7 @@ class Steps:
             order = torch.from_numpy(coins.order(records.keys, rng.initial_seed(), name, epoch))
             split = order.split(self.batch_size)
             for positions, (x, y) in zip(split, records.batches(split), strict=True):
-                self.tally.gradients += len(y)
-                self.tally.rows_read += len(y)
+                self.tally.saw(records, positions, x, y)
                 yield prepare(x, self.dtype), y, positions
 
     def take(self, losses: Iterable[Tensor], rng: Generator) -> None:

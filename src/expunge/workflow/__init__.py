@@ -1,0 +1,21 @@
+"""The journey of requests through a workspace: the one room that carries them out and acts on what stages decide."""
+
+from expunge.workflow.config import Config, Policy
+from expunge.workflow.erasure import Leftovers
+from expunge.workflow.fallback import FallBack
+from expunge.workflow.journey import AFTER, BEFORE, Journey, Progress
+from expunge.workflow.mirror import Mirror
+from expunge.workflow.workspace import Workspace
+
+__all__ = [
+    "AFTER",
+    "BEFORE",
+    "Config",
+    "FallBack",
+    "Journey",
+    "Leftovers",
+    "Mirror",
+    "Policy",
+    "Progress",
+    "Workspace",
+]

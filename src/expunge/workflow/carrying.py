@@ -1,0 +1,115 @@
+"""Carrying out: many requests about one model, resolved to records and removed in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Generator
+
+from expunge.core.claim import Claim, Exactness, Guarantee
+from expunge.core.errors import Unsupported
+from expunge.core.events import Event, Retrained
+from expunge.core.protocols import Method
+from expunge.core.records import Records
+from expunge.core.request import Request
+from expunge.core.trained import Trained
+from expunge.unlearn.method import Method as OurMethod
+from expunge.workflow.witness import Witness
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Carried:
+    """What became of a model.
+
+    Attributes:
+        trained: the model after.
+        mine: for each request, the ids that were removed for it.
+        already: for each request, how many of its records were gone before.
+        claim: the weakest of what its steps may claim.
+        exactness: for EXACT, in which sense.
+        guarantee: for CERTIFIED, what backs it.
+        events: what happened.
+        witness: who watched training; None if the method cannot be watched.
+        changed: False if nothing was left to remove.
+    """
+
+    trained: Trained
+    mine: Mapping[str, frozenset[str]]
+    already: Mapping[str, int]
+    claim: Claim
+    exactness: Exactness | None
+    guarantee: Guarantee | None
+    events: tuple[Event, ...]
+    witness: Witness | None
+    changed: bool
+
+    def carried_over(self) -> Iterable[str]:
+        """Ids of the records of those parts that were not trained anew."""
+        anew = {event.part for event in self.events if isinstance(event, Retrained)}
+        if not self.trained.parts or -1 in anew:
+            return ()
+        return (one for index, part in enumerate(self.trained.parts) if index not in anew for one in part.ids)
+
+
+def carry_out(
+    method: Method, trained: Trained, records: Records, requests: Mapping[str, Request], *, rng: Generator
+) -> Carried:
+    """Carry out these requests together, in one call of the method.
+
+    A record that several requests name is removed for the first of them, and was "already gone" for the others.
+
+    Raises:
+        UnknownRecord, NeverTrained, EmptyRetain, Unsupported: as the method does, before any work.
+    """
+    mine: dict[str, frozenset[str]] = {}
+    already: dict[str, int] = {}
+    taken: set[str] = set()
+    for name, request in requests.items():
+        refuse_replacement(request)
+        split = request.split(records, ids=trained.ids, gone=trained.gone)
+        mine[name] = frozenset(split.forget.ids) - taken
+        already[name] = split.already + len(split.forget) - len(mine[name])
+        taken |= mine[name]
+    if not taken:
+        return _unchanged(trained, mine, already)
+    witness = Witness() if isinstance(method, OurMethod) and method.claim is Claim.EXACT else None
+    together = Request.remove(sorted(taken))
+    if isinstance(method, OurMethod):
+        answer = method(trained, records, together, rng=rng, tally=witness)
+    else:
+        answer = method(trained, records, together, rng=rng)
+    return Carried(
+        trained=answer.trained,
+        mine=mine,
+        already=already,
+        claim=answer.claim,
+        exactness=answer.exactness,
+        guarantee=answer.guarantee,
+        events=answer.events,
+        witness=witness,
+        changed=True,
+    )
+
+
+def refuse_replacement(request: Request) -> None:
+    """Unsupported for a replace-request: a workspace holds no rows, so that the new ones would be lost."""
+    if request.kind == "replace":
+        raise Unsupported(
+            "a workspace keeps no rows, so it cannot keep replacements; mend your data and register a model trained on "
+            "it, or call a method with Request.replace_rows yourself"
+        )
+
+
+def _unchanged(trained: Trained, mine: Mapping[str, frozenset[str]], already: Mapping[str, int]) -> Carried:
+    return Carried(
+        trained=trained,
+        mine=mine,
+        already=already,
+        claim=Claim.NONE,
+        exactness=None,
+        guarantee=None,
+        events=(),
+        witness=None,
+        changed=False,
+    )

@@ -1,0 +1,140 @@
+"""A workspace's settings: `expunge.toml`, every key explained in the file itself."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from expunge.core.errors import Misuse, UnreadableFile
+from expunge.ledger.clock import REGIMES, Clock
+
+TEMPLATE = """\
+# The settings of this expunge workspace.
+
+[ledger]
+# Where requests, events and certificates are kept: a file in this folder, or postgresql://user@host/database.
+url = {url}
+# The log's name on every checkpoint. Never change it: owners hold checkpoints that carry it.
+origin = {origin}
+# Where the last signed checkpoint is kept. Put it on another disk, so that a restored old backup is noticed.
+anchor = "last-checkpoint"
+
+[clock]
+# gdpr: one calendar month, two more if extended; ccpa: 45 days, 45 more.
+regime = "gdpr"
+# Days end in this zone.
+zone = "UTC"
+# Days that are no working days, beside weekends, as 2026-12-25. Only gdpr asks.
+holidays = []
+
+[batch]
+# One unlearning run honours many requests: it begins when so many wait ...
+count = 1
+# ... or when the oldest has waited so long ...
+wait_hours = 24
+# ... and honours at most so many.
+most = 1000
+
+[policy]
+# What happens to a request that a screen flags: "hold" it for a person, or send it to "exact" retraining at once.
+on_flag = "hold"
+# A request whose sender has not proved who they are ends after so many days.
+identity_days = 30
+# Owners can fetch the keys to their records for so many days after completion; then they are destroyed.
+keys_days = 30
+
+# Models are added below by: expunge register-model
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """When a run begins, and what follows from a screen's flag.
+
+    Attributes:
+        count: a run begins when so many requests wait,
+        wait_hours: or the oldest has waited so long.
+        most: requests in one run.
+        on_flag: ``hold`` or ``exact``.
+        identity_days: after which an unverified request ends.
+        keys_days: after which the keys to removed records are destroyed.
+        lease_s: a worker that is not heard of for so long may be replaced.
+    """
+
+    count: int = 1
+    wait_hours: float = 24.0
+    most: int = 1000
+    on_flag: str = "hold"
+    identity_days: float = 30.0
+    keys_days: float = 30.0
+    lease_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.on_flag not in ("hold", "exact"):
+            raise Misuse(f'on_flag must be "hold" or "exact", got "{self.on_flag}"; a flagged request is never dropped')
+        for name in ("count", "most"):
+            if getattr(self, name) < 1:
+                raise Misuse(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("wait_hours", "identity_days", "keys_days"):
+            if getattr(self, name) < 0:
+                raise Misuse(f"{name} must be >= 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What `expunge.toml` says.
+
+    Attributes:
+        url: of the ledger; relative SQLite paths start from the workspace.
+        origin: the log's name.
+        anchor: where the last checkpoint is kept, outside the database.
+        clock: when requests are due.
+        policy: when and how runs begin.
+        models: for each model: where its data comes from, and its method, as the command line reads them.
+    """
+
+    url: str
+    origin: str
+    anchor: str
+    clock: Clock
+    policy: Policy
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Config:
+        """Read the file; UnreadableFile or Misuse, naming the key, for what cannot be meant."""
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise Misuse(f"{path.parent} is no workspace; make one with: expunge init {path.parent}") from None
+        except (OSError, ValueError) as error:
+            raise UnreadableFile(f"{path} cannot be read ({error}); mend it") from None
+        known = {"ledger", "clock", "batch", "policy", "models"}
+        if set(data) - known:
+            raise Misuse(f"{path} has an unknown part [{min(set(data) - known)}]; it has {', '.join(sorted(known))}")
+        try:
+            return cls(
+                url=str(data["ledger"]["url"]),
+                origin=str(data["ledger"]["origin"]),
+                anchor=str(data["ledger"].get("anchor", "last-checkpoint")),
+                clock=_clock(data.get("clock", {})),
+                policy=Policy(**data.get("batch", {}), **data.get("policy", {})),
+                models=data.get("models", {}),
+            )
+        except KeyError as missing:
+            raise Misuse(f"{path} lacks {missing} under [ledger]; see the file that expunge init writes") from None
+        except TypeError as error:
+            raise Misuse(f"{path} has a setting that is not known or of another kind ({error})") from None
+
+
+def _clock(data: Mapping[str, Any]) -> Clock:
+    regime = data.get("regime", "gdpr")
+    if regime not in REGIMES:
+        raise Misuse(f'regime must be one of {", ".join(REGIMES)}, got "{regime}"')
+    holidays = [day.isoformat() if isinstance(day, date) else day for day in data.get("holidays", [])]
+    base = Clock(regime=REGIMES[regime]).to_json()
+    return Clock.from_json({**base, "zone": data.get("zone", "UTC"), "holidays": holidays})

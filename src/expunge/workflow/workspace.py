@@ -1,0 +1,178 @@
+"""A workspace: one folder with settings, keys, ledger, models and artefacts, in which requests are honoured."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.engine import make_url
+
+from expunge.core.errors import Corrupt, Misuse, UnreadableFile
+from expunge.core.records import Records
+from expunge.core.request import Request
+from expunge.core.store import Store, write_atomically
+from expunge.core.trained import Trained
+from expunge.learn.training import load
+from expunge.ledger.check import canonical
+from expunge.ledger.keys import Keys
+from expunge.ledger.ledger import Ledger
+from expunge.ledger.models import Served
+from expunge.ledger.requests import Filed, Submission
+from expunge.workflow.config import TEMPLATE, Config
+
+SETTINGS = "expunge.toml"
+
+
+class Workspace:
+    """A folder in which models are served and requests honoured. Holds pseudonyms, never ids, of records.
+
+    Attributes:
+        root: the folder.
+        config: its settings.
+        keys: what signs and names.
+        ledger: requests, events, certificates.
+        store: artefacts, each with the pseudonyms of the records that it derives from.
+    """
+
+    def __init__(self, root: str | Path, **injected: Any) -> None:
+        """Open a workspace; see `Ledger` for errors. `injected` replaces the ledger's time, ids and keys in tests."""
+        self.root = Path(root)
+        self.config = Config.read(self.root / SETTINGS)
+        self.keys = injected.pop("keys", None) or Keys.load(self.root / "keys")
+        self.ledger = Ledger(
+            self._url(),
+            self.keys,
+            origin=self.config.origin,
+            anchor=self.root / self.config.anchor,
+            clock=self.config.clock,
+            **injected,
+        )
+        self.store = Store(self.root / "store")
+
+    @classmethod
+    def init(cls, root: str | Path, *, url: str | None = None, origin: str | None = None, **injected: Any) -> Workspace:
+        """Make a workspace in a new or empty folder, with keys of its own.
+
+        Args:
+            root: the folder.
+            url: of the ledger's database; a SQLite file in the folder if None.
+            origin: the log's name; ``expunge/`` and some random digits if None.
+
+        Raises:
+            Misuse: if the folder holds a workspace, or other files, already.
+        """
+        root = Path(root)
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise Misuse(f"{root} is not empty; name a new folder for the workspace")
+        root.mkdir(parents=True, exist_ok=True)
+        root.chmod(0o700)
+        keys = injected.get("keys") or Keys.generate()
+        keys.save(root / "keys")
+        name = origin or f"expunge/{secrets.token_hex(6)}"
+        settings = TEMPLATE.format(url=json.dumps(url or "sqlite:///ledger.db"), origin=json.dumps(name))
+        write_atomically(root / SETTINGS, settings.encode("utf-8"))  # last: from now on it is a workspace
+        return cls(root, **injected)
+
+    def _url(self) -> str:
+        url = make_url(self.config.url)
+        if url.get_backend_name() == "sqlite" and url.database and not Path(url.database).is_absolute():
+            url = url.set(database=str((self.root / url.database).resolve()))
+        return url.render_as_string(hide_password=False)
+
+    def register(
+        self, name: str, trained: Trained, records: Records, settings: Mapping[str, Any] | None = None
+    ) -> Served:
+        """Begin to serve a model: keeps it under pseudonyms, commits to its records, anchors their set in the log.
+
+        Args:
+            name: letters, digits, hyphens and underscores.
+            trained: the model; its training log of batches is not kept.
+            records: its data set; only the records that it stands on are committed to.
+            settings: written into expunge.toml as ``[models.NAME]``.
+
+        Raises:
+            Misuse: if the name is taken or unusable, or the records are not those that the model was trained on.
+        """
+        if not name or not set(name.lower()) <= set("abcdefghijklmnopqrstuvwxyz0123456789-_"):
+            raise Misuse(f'a model is called by letters, digits, "-" and "_", got "{name}"')
+        standing = records.take(sorted(trained.ids))
+        folder = f"models/{name}/v0001"
+        if not any(one.name == name for one in self.ledger.models.all()):
+            shutil.rmtree(self.root / folder, ignore_errors=True)  # of a registration that did not get to its end
+        self.keep(trained, folder)
+        self.ledger.models.register(name, trained.digest(), folder, standing)
+        if settings is not None:
+            path = self.root / SETTINGS
+            text = path.read_text(encoding="utf-8") + _section(f"models.{name}", settings)
+            write_atomically(path, text.encode("utf-8"))
+            self.config = Config.read(path)
+        return self.ledger.models.served(name)
+
+    def keep(self, trained: Trained, folder: str) -> None:
+        """Save a model below the workspace, its records under their pseudonyms."""
+        trained.renamed(self.keys.pseudonym).save(self.root / folder)
+
+    def load(self, name: str, records: Records) -> Trained:
+        """The model that is served, with the ids of its records.
+
+        Records that are gone and no longer in `records` keep their pseudonyms.
+
+        Raises:
+            Corrupt: if it is not the model that the ledger says is served.
+            Misuse: if `records` lacks some that the model stands on.
+        """
+        served = self.ledger.models.served(name)
+        return self.read(served.folder, served.digest, records)
+
+    def read(self, folder: str, digest: str, records: Records) -> Trained:
+        """A model that `keep` kept, with the ids of its records; Corrupt if it is not the one of this digest."""
+        try:
+            kept = load(self.root / folder)
+        except UnreadableFile as error:
+            raise Corrupt(f"the model in {self.root / folder} cannot be read: {error}") from None
+        if kept.digest() != digest:
+            raise Corrupt(f"the model in {self.root / folder} is not the one that the ledger names; restore it")
+        real = {self.keys.pseudonym(record_id): record_id for record_id in records.ids}
+        lost = [name for name in kept.ids if name not in real]
+        if lost:
+            raise Misuse(f"the model stands on {len(lost):,} records that are not given; give the whole data set")
+        return kept.renamed(lambda name: real.get(name, name))
+
+    def file(self, model: str, request: Request, *, key: str = "", identified: bool = True) -> tuple[Filed, bool]:
+        """File a request about a model. Returns it, and whether it is new (not filed before under this key)."""
+        self.ledger.models.served(model)
+        return self.ledger.requests.submit(
+            Submission(
+                model=model,
+                kind=request.kind,
+                body=canonical(_without_times(request.to_json())),
+                key=key or request.key,
+                received_at=request.received_at,
+                identified=identified,
+            )
+        )
+
+    def asked(self, request_id: str) -> Request:
+        """What was asked; UnknownRecord once it has been erased."""
+        return Request.from_json({**_NO_TIMES, **json.loads(self.ledger.requests.body(request_id))})
+
+    def close(self) -> None:
+        """Let go of the ledger."""
+        self.ledger.close()
+
+
+_NO_TIMES = {"received_at": None, "due_at": None}
+
+
+def _without_times(data: dict[str, Any]) -> dict[str, Any]:
+    """The same request sent again is the same, though it arrives later."""
+    return {name: value for name, value in data.items() if name not in _NO_TIMES}
+
+
+def _section(name: str, settings: Mapping[str, Any]) -> str:
+    lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items() if value is not None]
+    return "\n".join(["", f"[{name}]", *lines, ""])
