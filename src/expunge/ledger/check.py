@@ -39,6 +39,10 @@ NOBODY = (0, bytes(32))
 
 Counted = tuple[int, bytes]
 
+_DEEPEST = 64  # levels of nesting
+_LARGEST = 1 << 64  # whole numbers stay below, so that no reader rounds or refuses them
+_MOST = 1 << 63  # counts and sizes stay below: eight bytes hold them
+
 
 class Refused(ValueError):
     """Something is not what it must be. `check` names the check that refused it."""
@@ -57,10 +61,10 @@ def canonical(value: Any) -> bytes:
     """The one encoding of a value: UTF-8, sorted keys, no spaces. Floats are refused: other programs round them.
 
     Raises:
-        Refused: for a float, and for anything that JSON does not have.
+        Refused: for a float, a whole number of more than 64 bits, nesting deeper than 64, and what JSON does not have.
     """
+    _refuse_odd(value, 0)
     try:
-        _refuse_floats(value)
         return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     except (TypeError, UnicodeEncodeError) as error:
         raise Refused("encoding", f"a value has no canonical encoding ({error})") from None
@@ -78,23 +82,27 @@ def parse(data: bytes) -> Any:
     return value
 
 
-def _refuse_floats(value: Any) -> None:
+def _refuse_odd(value: Any, depth: int) -> None:
+    if depth > _DEEPEST:
+        raise Refused("encoding", f"values nest at most {_DEEPEST} deep")
     if isinstance(value, float):
         raise Refused("encoding", f"floats have no canonical encoding, got {value!r}; write them as text")
+    if isinstance(value, int) and abs(value) >= _LARGEST:
+        raise Refused("encoding", "whole numbers have at most 64 bits; write larger ones as text")
     if isinstance(value, dict):
         for key, inner in value.items():
             if not isinstance(key, str):
                 raise Refused("encoding", f"keys must be text, got {key!r}")
-            _refuse_floats(inner)
+            _refuse_odd(inner, depth + 1)
     elif isinstance(value, (list, tuple)):
         for inner in value:
-            _refuse_floats(inner)
+            _refuse_odd(inner, depth + 1)
 
 
-def from_base64(text: str, what: str) -> bytes:
+def from_base64(text: object, what: str) -> bytes:
     """Decode base64, refusing any but the canonical encoding."""
     try:
-        data = base64.b64decode(text.encode("ascii"), validate=True)
+        data = base64.b64decode(_text(text, what).encode("ascii"), validate=True)
     except (binascii.Error, UnicodeEncodeError) as error:
         raise Refused("encoding", f"{what} is no base64 ({error})") from None
     if base64.b64encode(data).decode("ascii") != text:
@@ -115,6 +123,29 @@ def has_fields(value: object, fields: Iterable[str], what: str) -> dict[str, Any
     if not isinstance(value, dict) or set(value) != wanted:
         raise Refused("format", f"{what} must be an object with exactly {', '.join(sorted(wanted))}")
     return value
+
+
+def _text(value: object, what: str) -> str:
+    if not isinstance(value, str):
+        raise Refused("format", f"{what} must be text, got {type(value).__name__}")
+    return value
+
+
+def _list(value: object, what: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise Refused("format", f"{what} must be a list, got {type(value).__name__}")
+    return value
+
+
+def _whole(value: object, what: str) -> int:
+    """A count, an index or a size. JSON's true is no 1, though Python finds them equal."""
+    if type(value) is not int or not 0 <= value < _MOST:
+        raise Refused("format", f"{what} must be a whole number from 0 on, got {str(value)[:80]!r}")
+    return value
+
+
+def _hashes(value: object, what: str) -> list[bytes]:
+    return [from_hex(text, f"one of {what}") for text in _list(value, what)]
 
 
 # The append-only log: Merkle tree hash of RFC 6962, proofs of RFC 9162, section 2.1
@@ -223,9 +254,12 @@ def open_note(note: str, keys: Sequence[Ed25519PublicKey]) -> Checkpoint:
     """
     text, gap, line = note.rpartition("\n\n")
     lines = text.split("\n")
-    if not gap or len(lines) != 3 or not lines[1].isascii() or not lines[1].isdecimal():
+    if not gap or len(lines) != 3:
         raise Refused("checkpoint", "a checkpoint has three lines (origin, size, root), a gap and one signature line")
-    checkpoint = Checkpoint(lines[0], int(lines[1]), from_base64(lines[2], "the checkpoint's root"))
+    size, root = _decimal(lines[1]), from_base64(lines[2], "the checkpoint's root")
+    if size is None or len(root) != 32:
+        raise Refused("checkpoint", "its size must be a whole number without leading zeros, its root 32 bytes")
+    checkpoint = Checkpoint(lines[0], size, root)
     for key in keys:
         start = f"\u2014 {checkpoint.origin} "
         if not line.startswith(start) or not line.endswith("\n"):
@@ -238,6 +272,13 @@ def open_note(note: str, keys: Sequence[Ed25519PublicKey]) -> Checkpoint:
             raise Refused("checkpoint", "its text is not in the one canonical form")
         return checkpoint
     raise Refused("checkpoint", "it carries no signature by a trusted key")
+
+
+def _decimal(text: str) -> int | None:
+    """A whole number of at most 63 bits in its one spelling; None for anything else, however long."""
+    if not text.isascii() or not text.isdecimal() or len(text) > 19:
+        return None
+    return int(text) if str(int(text)) == text and int(text) < _MOST else None
 
 
 def _verify(key: Ed25519PublicKey, signature: bytes, data: bytes, check: str) -> None:
@@ -263,7 +304,7 @@ def open_envelope(envelope: object, keys: Sequence[Ed25519PublicKey]) -> tuple[d
     fields = has_fields(envelope, ("payload", "payloadType", "signatures"), "the envelope")
     if fields["payloadType"] != PAYLOAD_TYPE:
         raise Refused("signature", f"the payload type must be {PAYLOAD_TYPE}, got {fields['payloadType']!r}")
-    payload = from_base64(_text(fields["payload"], "the payload"), "the payload")
+    payload = from_base64(fields["payload"], "the payload")
     signatures = fields["signatures"]
     if not isinstance(signatures, list) or len(signatures) != 1:
         raise Refused("signature", "a certificate carries exactly one signature")
@@ -271,18 +312,12 @@ def open_envelope(envelope: object, keys: Sequence[Ed25519PublicKey]) -> tuple[d
     key = next((key for key in keys if key_id(key) == signature["keyid"]), None)
     if key is None:
         raise Refused("signature", f"it names key {str(signature['keyid'])[:16]}..., which is not trusted here")
-    _verify(key, from_base64(_text(signature["sig"], "the signature"), "the signature"), pae(payload), "signature")
+    _verify(key, from_base64(signature["sig"], "the signature"), pae(payload), "signature")
     statement = parse(payload)
     has_fields(statement, ("_type", "subject", "predicateType", "predicate"), "the statement")
     if (statement["_type"], statement["predicateType"]) != (STATEMENT_TYPE, PREDICATE_TYPE):
         raise Refused("format", f"it is no {PREDICATE_TYPE}, got {statement['predicateType']!r}")
     return statement, payload
-
-
-def _text(value: object, what: str) -> str:
-    if not isinstance(value, str):
-        raise Refused("format", f"{what} must be text, got {value!r}")
-    return value
 
 
 # Sets of records: sparse Merkle trees with counts
@@ -307,13 +342,15 @@ def set_node(left: Counted, right: Counted) -> Counted:
     """Count and hash of the union of two sets that part at one bit.
 
     Both counts are hashed. A set of one has the hash of its member at whatever depth, so that a set's hash depends
-    only on what is in it, and removing a member is undone by adding it.
+    only on what is in it, and removing a member is undone by adding it. Refused for more than 2^63 records.
     """
     if not left[0] or not right[0]:
         lone = left if left[0] else right
         if lone[0] < 2:
             return lone
     count = left[0] + right[0]
+    if count >= _MOST:
+        raise Refused("set difference", "a set holds fewer than 2^63 records")
     parts = (b"\x01", left[0].to_bytes(8, "big"), left[1], right[0].to_bytes(8, "big"), right[1])
     return count, hashlib.sha256(b"".join(parts)).digest()
 
@@ -334,8 +371,8 @@ def after_removal(members: Sequence[bytes], proof: Sequence[str]) -> tuple[Count
     Raises:
         Refused: for a proof that is too long, too short, or not the one canonical proof.
     """
-    if list(members) != sorted(set(members)):
-        raise Refused("set difference", "the removed commitments must be distinct and sorted")
+    if list(members) != sorted(set(members)) or any(len(member) != 32 for member in members):
+        raise Refused("set difference", "the commitments must be distinct, sorted, and of 32 bytes each")
     words = iter(proof)
 
     def walk(inside: Sequence[bytes], depth: int) -> tuple[Counted, Counted]:
@@ -364,11 +401,16 @@ def after_removal(members: Sequence[bytes], proof: Sequence[str]) -> tuple[Count
 
 def _counted(word: object) -> Counted:
     count, colon, digest = word.partition(":") if isinstance(word, str) else ("", "", "")
-    if not colon or not count.isascii() or not count.isdecimal() or str(int(count)) != count:
+    number = _decimal(count)
+    if not colon or number is None:
         raise Refused("set difference", f'expected "count:hash" in the proof, got {str(word)[:80]!r}')
-    found = int(count), from_hex(digest, "a hash of the set-difference proof")
-    if not found[0] and found != NOBODY:
-        raise Refused("set difference", "an empty set has a hash of zeros")
+    return _refuse_empty((number, from_hex(digest, "a hash of the set-difference proof")))
+
+
+def _refuse_empty(found: Counted) -> Counted:
+    """The same, unless it says that nobody is in a set with a hash, or somebody in the set without."""
+    if (found[0] == 0) != (found[1] == NOBODY[1]):
+        raise Refused("set difference", "the empty set, and no other, has a hash of zeros")
     return found
 
 
@@ -384,7 +426,12 @@ class Outcome:
     why: str
 
     def __str__(self) -> str:
-        return f"{'ok  ' if self.passed else 'FAIL'} {self.check}: {self.why}"
+        return _line(f"{'ok  ' if self.passed else 'FAIL'} {self.check}: {self.why}")
+
+
+def _line(text: str) -> str:
+    """The text with every line break, control and direction mark spelled out: what is checked must not draw lines."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 @dataclass(frozen=True)
@@ -403,13 +450,15 @@ class Checked:
     def __str__(self) -> str:
         verdict = "every check passed" if self.passed else "REFUSED"
         lines = [*map(str, self.outcomes), f"verdict: {verdict}", "This certificate does not prove:"]
-        return "\n".join([*lines, *(f"  - {line}" for line in self.not_proved)])
+        return "\n".join([*lines, *(_line(f"  - {line}") for line in self.not_proved)])
 
 
 _ALWAYS_OPEN = (
     "that the program reported the rows that it read truly, or that the weights served are those certified: "
     "ask for the model's digest where it is served",
     "that the set before held all that the model was ever trained on: it is the provider's word, given before the run",
+    "that no copy of a removed record stood, or stands, in the sets under another commitment",
+    "anything about later models: each needs a certificate of its own",
     "that others see the same log: compare its checkpoint with theirs",
 )
 
@@ -421,6 +470,7 @@ def check_bundle(data: bytes, keys: Sequence[Ed25519PublicKey]) -> Checked:
     """
     outcomes: list[Outcome] = []
     statement: dict[str, Any] | None = None
+    bundle: Any = None
     try:
         bundle = parse(data)
         fields = ("format", "certificate", "entry", "anchor", "checkpoint", "removed", "difference")
@@ -430,14 +480,57 @@ def check_bundle(data: bytes, keys: Sequence[Ed25519PublicKey]) -> Checked:
         outcomes.append(Outcome("encoding", True, "the bundle is in its one canonical encoding"))
         statement, payload = open_envelope(bundle["certificate"], keys)
         outcomes.append(Outcome("signature", True, f"signed by {bundle['certificate']['signatures'][0]['keyid'][:16]}"))
+        check_form(statement)
         outcomes.append(_check_log(bundle, statement, payload, keys))
         outcomes.append(check_removed(bundle, statement))
         outcomes.append(check_difference(bundle, statement))
     except Refused as error:
         outcomes.append(Outcome(error.check, False, error.why))
-    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except _ODD as error:
         outcomes.append(Outcome("format", False, f"a part is missing or of another kind ({error!r})"))
-    return Checked(tuple(outcomes), statement, _open_questions(statement))
+    return Checked(tuple(outcomes), statement, _open_questions(statement, bundle))
+
+
+_ODD = (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError, RecursionError)
+"""What Python raises for values of another kind than expected."""
+
+
+def check_form(statement: dict[str, Any]) -> None:
+    """That a statement has every part that a certificate must have, each of its kind; parts unknown here may be there.
+
+    Raises:
+        Refused: if not. Call it on what is to be signed, too.
+    """
+    try:
+        subject = _list(statement["subject"], "the subject")
+        if len(subject) != 1:
+            raise Refused("format", f"a certificate is of one model, got {len(subject)} subjects")
+        named = has_fields(subject[0], ("name", "digest"), "the subject")
+        _text(named["name"], "the model's name")
+        from_hex(named["digest"]["sha256"], "the model's digest")
+        predicate = statement["predicate"]
+        _text(predicate["request"]["id"], "the request's id")
+        from_hex(predicate["modelBefore"]["digest"]["sha256"], "the digest of the model before")
+        _whole(predicate["removed"]["count"], "the count of the removed")
+        from_hex(predicate["removed"]["commitmentRoot"], "the root of the removed")
+        _form_of_dataset(predicate["dataset"])
+        for part in ("level", "caveat"):
+            _text(predicate["claim"][part], f"the {part} of the claim")
+        for stage in _list(predicate["stages"], "the stages"):
+            for part in ("name", "outcome") if stage["outcome"] == "passed" else ("name", "outcome", "why"):
+                _text(stage[part], f"the {part} of a stage")
+        for place in _list(predicate["outside"], "what is outside"):
+            _text(place, "each place that is outside")
+    except (KeyError, TypeError) as error:
+        raise Refused("format", f"a part of the statement is missing or of another kind ({error!r})") from None
+
+
+def _form_of_dataset(dataset: dict[str, Any]) -> None:
+    _whole(dataset["anchor"], "the index of the anchor")
+    _set(dataset["before"])
+    _set(dataset["after"])
+    if dataset["rowsRead"] is not None:
+        _set(dataset["rowsRead"])
 
 
 def _check_log(
@@ -448,14 +541,17 @@ def _check_log(
     body = has_fields(entry["body"], ("certificate", "run", "state"), "the body of the log entry")
     if body["certificate"] != hashlib.sha256(payload).hexdigest():
         raise Refused("log", "the log entry is not of this certificate")
-    if (entry["kind"], entry["request"]) != ("completed", statement["predicate"]["request"]["id"]):
+    predicate = statement["predicate"]
+    done = ("completed", "completed", predicate["request"]["id"])
+    if (entry["kind"], body["state"], entry["request"]) != done:
         raise Refused("log", "the log entry is not the completion of this certificate's request")
-    dataset, subject = statement["predicate"]["dataset"], statement["subject"]
-    if anchor["kind"] not in ("registered", "switched") or anchor["index"] != dataset["anchor"]:
+    dataset = predicate["dataset"]
+    if anchor["kind"] not in ("registered", "switched") or anchor["request"] or anchor["index"] != dataset["anchor"]:
         raise Refused("log", "the set before is not anchored where the certificate says")
-    if anchor["body"]["set"] != dataset["before"] or [one["name"] for one in subject] != [anchor["body"]["model"]]:
+    anchored = has_fields(anchor["body"], ("model", "version", "digest", "set"), "the body of the anchor")
+    if _set(anchored["set"]) != _set(dataset["before"]) or anchored["model"] != statement["subject"][0]["name"]:
         raise Refused("log", "the set that was anchored is not the set before, or of another model")
-    if anchor["body"]["digest"] != statement["predicate"]["modelBefore"]["digest"]["sha256"]:
+    if anchored["digest"] != predicate["modelBefore"]["digest"]["sha256"]:
         raise Refused("log", "the model before is not the one that was anchored")
     if anchor["index"] >= entry["index"]:
         raise Refused("log", "the set before was anchored only after the request was completed")
@@ -467,9 +563,8 @@ def _proved(part: object, checkpoint: Checkpoint) -> dict[str, Any]:
     """The log entry in a part of the bundle, if its proof leads to the signed root."""
     fields = has_fields(part, ("entry", "inclusion"), "a log entry with its proof")
     entry = has_fields(fields["entry"], ("index", "kind", "request", "at", "body"), "the log entry")
-    if type(entry["index"]) is not int or not isinstance(fields["inclusion"], list):
-        raise Refused("log", "an inclusion proof needs a whole number and a list of hashes")
-    proof = [from_hex(text, "a hash of the inclusion proof") for text in fields["inclusion"]]
+    _whole(entry["index"], "the index of a log entry")
+    proof = _hashes(fields["inclusion"], "the hashes of an inclusion proof")
     if not proves_inclusion(leaf_hash(canonical(entry)), entry["index"], checkpoint.size, proof, checkpoint.root):
         raise Refused("log", "the inclusion proof does not lead from the entry to the signed root")
     return entry
@@ -478,11 +573,14 @@ def _proved(part: object, checkpoint: Checkpoint) -> dict[str, Any]:
 def check_removed(bundle: dict[str, Any], statement: dict[str, Any]) -> Outcome:
     """That the commitments of a bundle are those that its certificate names; Refused if not."""
     removed = has_fields(bundle["removed"], ("commitments",), "the removed set")
-    members = [from_hex(text, "a removed commitment") for text in removed["commitments"]]
+    members = _hashes(removed["commitments"], "the removed commitments")
     said = statement["predicate"]["removed"]
     if members != sorted(set(members)):
         raise Refused("removed set", "the removed commitments must be distinct and sorted")
-    if (said["count"], said["commitmentRoot"]) != (len(members), tree_root([leaf_hash(m) for m in members]).hex()):
+    if (_whole(said["count"], "the count of the removed"), said["commitmentRoot"]) != (
+        len(members),
+        tree_root([leaf_hash(m) for m in members]).hex(),
+    ):
         raise Refused("removed set", "the commitments do not give the root that the certificate names")
     return Outcome("removed set", True, f"{len(members):,} commitments give the root that the certificate names")
 
@@ -491,15 +589,15 @@ def check_difference(bundle: dict[str, Any], statement: dict[str, Any]) -> Outco
     """That the set after is the set before less the removed plus the new, and what training read; Refused if not."""
     said = statement["predicate"]["dataset"]
     proof = has_fields(bundle["difference"], ("removed", "removal", "added", "addition"), "the set difference")
-    gone = [from_hex(text, "a commitment") for text in proof["removed"]]
-    new = [from_hex(text, "a commitment") for text in proof["added"]]
-    mine = {from_hex(text, "a commitment") for text in bundle["removed"]["commitments"]}
-    if not mine <= set(gone):
+    gone = _hashes(proof["removed"], "the commitments that the run removed")
+    new = _hashes(proof["added"], "the commitments that the run added")
+    mine = _hashes(bundle["removed"]["commitments"], "the removed commitments")
+    if not set(mine) <= set(gone):
         raise Refused("set difference", "a record of this request is not among those that the run removed")
-    before, kept = after_removal(gone, proof["removal"]) if gone else (_set(said["before"]), _set(said["before"]))
-    after, also_kept = after_removal(new, proof["addition"]) if new else (_set(said["after"]), _set(said["after"]))
-    if (not gone and proof["removal"]) or (not new and proof["addition"]):
-        raise Refused("set difference", "there is a proof of nothing")
+    if not set(gone).isdisjoint(new):  # else anybody could write a kept record into both lists
+        raise Refused("set difference", "a record is said to be both removed and added")
+    before, kept = _less(gone, proof["removal"], _set(said["before"]))
+    after, also_kept = _less(new, proof["addition"], _set(said["after"]))
     if before != _set(said["before"]) or after != _set(said["after"]):
         raise Refused("set difference", "the proof does not start from the sets that the certificate names")
     if kept != also_kept:
@@ -512,11 +610,22 @@ def check_difference(bundle: dict[str, Any], statement: dict[str, Any]) -> Outco
     return Outcome("set difference", True, f"{what}, and training read exactly those")
 
 
-def _set(said: dict[str, Any]) -> Counted:
-    return said["count"], from_hex(said["root"], "the root of a set")
+def _less(members: Sequence[bytes], proof: object, whole: Counted) -> tuple[Counted, Counted]:
+    """The set and what it is without the members, as the proof has them; without members there must be no proof."""
+    words = _list(proof, "a proof of the set difference")
+    if members:
+        return after_removal(members, words)
+    if words:
+        raise Refused("set difference", "there is a proof of nothing")
+    return whole, whole
 
 
-def _open_questions(statement: dict[str, Any] | None) -> tuple[str, ...]:
+def _set(said: object) -> Counted:
+    fields = has_fields(said, ("count", "root"), "a set of records")
+    return _refuse_empty((_whole(fields["count"], "the count of a set"), from_hex(fields["root"], "the root of a set")))
+
+
+def _open_questions(statement: dict[str, Any] | None, bundle: Any) -> tuple[str, ...]:
     if statement is None:
         return ("anything: its signature is not good, so that nothing in it can be relied on",)
     try:
@@ -528,8 +637,12 @@ def _open_questions(statement: dict[str, Any] | None) -> tuple[str, ...]:
         ]
         if predicate["dataset"]["rowsRead"] is None:
             lines.append("what rows training read: nobody watched it")
+        if statement["subject"][0]["digest"]["sha256"] == predicate["modelBefore"]["digest"]["sha256"]:
+            lines.append("that anything was unlearned: the model is the same as before, bit for bit")
+        if bundle["difference"]["added"]:
+            lines.append("that the records that the run added are not the removed ones under new commitments")
         return (*lines, *(f"anything about {place}" for place in predicate["outside"]))
-    except (KeyError, TypeError):
+    except _ODD:
         return ("anything: it is not of the form that this checker knows",)
 
 
@@ -539,7 +652,10 @@ def check_keys(data: bytes, commitments: Iterable[str], owner: str, rows: Sequen
         keys = has_fields(parse(data), ("format", "keys"), "the keys")
         if keys["format"] != KEYS_FORMAT:
             raise Refused("keys", f"this checker reads {KEYS_FORMAT}, got {keys['format']!r}")
-        left = {name: from_hex(key, "a record key") for name, key in keys["keys"].items() if name in set(commitments)}
+        removed = set(commitments)
+        left = {name: from_hex(key, "a record key") for name, key in keys["keys"].items() if name in removed}
+        if not rows:
+            raise Refused("keys", "no row was given, so nothing is opened")
         for row in rows:
             name = next((n for n, key in left.items() if commitment(key, owner, row).hex() == n), None)
             if name is None:
@@ -547,6 +663,8 @@ def check_keys(data: bytes, commitments: Iterable[str], owner: str, rows: Sequen
             del left[name]
     except Refused as error:
         return Outcome("keys", False, error.why)
+    except AttributeError as error:
+        return Outcome("keys", False, f"a part is missing or of another kind ({error!r})")
     return Outcome("keys", True, f"{len(rows):,} rows of the owner open removed commitments, each its own")
 
 
@@ -556,16 +674,14 @@ def check_consistency(data: bytes, keys: Sequence[Ed25519PublicKey]) -> Outcome:
         proof = has_fields(parse(data), ("format", "old", "new", "proof"), "the consistency proof")
         if proof["format"] != CONSISTENCY_FORMAT:
             raise Refused("consistency", f"this checker reads {CONSISTENCY_FORMAT}, got {proof['format']!r}")
-        old, new = open_note(proof["old"], keys), open_note(proof["new"], keys)
-        hashes = [from_hex(text, "a hash of the consistency proof") for text in proof["proof"]]
+        old, new = (open_note(_text(proof[name], "a checkpoint"), keys) for name in ("old", "new"))
+        hashes = _hashes(proof["proof"], "the hashes of the consistency proof")
         if old.origin != new.origin:
             raise Refused("consistency", f"the checkpoints are of two logs, {old.origin} and {new.origin}")
         if not proves_consistency(old.size, new.size, old.root, new.root, hashes):
             raise Refused("consistency", f"the log of {new.size} entries does not begin with that of {old.size}")
     except Refused as error:
         return Outcome(error.check, False, error.why)
-    except (KeyError, TypeError, AttributeError) as error:
-        return Outcome("format", False, f"a part is missing or of another kind ({error!r})")
     return Outcome("consistency", True, f"the first {old.size} of {new.size} entries are the same")
 
 
@@ -584,6 +700,12 @@ def read_public_key(path: str | Path) -> Ed25519PublicKey:
     return key
 
 
+def _say(said: object) -> None:
+    """Print, spelling out what the terminal cannot show rather than failing there."""
+    encoding = sys.stdout.encoding or "ascii"
+    print(str(said).encode(encoding, "backslashreplace").decode(encoding))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     words = argparse.ArgumentParser(description="Check a deletion certificate offline.")
@@ -596,13 +718,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = words.parse_args(arguments)
     if (asked.bundle is None) == (asked.consistency is None):
         words.error("give a bundle, or --consistency with a proof")
-    if asked.keys is not None and (asked.owner is None or not asked.row):
-        words.error("--keys needs --owner and at least one --row")
+    if len({asked.keys is None, asked.owner is None, not asked.row}) > 1:
+        words.error("--keys, --owner and at least one --row go together")
+    if asked.keys is not None and asked.consistency is not None:
+        words.error("--keys opens the commitments of a bundle, and a consistency proof has none")
+    if not all(len(row) == 64 and set(row) <= set("0123456789abcdef") for row in asked.row):
+        words.error("--row takes a SHA-256 as 64 lower-case hexadecimal digits")
     try:
         trusted = [read_public_key(path) for path in asked.key]
         if asked.consistency is not None:
             outcome = check_consistency(Path(asked.consistency).read_bytes(), trusted)
-            print(outcome)
+            _say(outcome)
             return 0 if outcome.passed else 1
         data = Path(asked.bundle).read_bytes()
         opened = None if asked.keys is None else Path(asked.keys).read_bytes()
@@ -614,7 +740,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         removed = parse(data)["removed"]["commitments"]
         extra = check_keys(opened, removed, asked.owner, asked.row)
         checked = Checked((*checked.outcomes, extra), checked.statement, checked.not_proved)
-    print(checked)
+    _say(checked)
     return 0 if checked.passed else 1
 
 

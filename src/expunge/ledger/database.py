@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ def moment(text: str) -> datetime:
 
 
 class Database:
-    """A SQLite file or a PostgreSQL database.
+    """A SQLite file or a PostgreSQL database, with one writer at a time on either.
 
     SQLite keeps a write-ahead log, syncs at every commit, and overwrites what is deleted; it belongs on a local disk
     of one machine. Leases on PostgreSQL go by the server's clock, so that workers' clocks need not agree.
@@ -64,27 +65,37 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """Within: one consistent view."""
+        """Within: one consistent view, however many queries and whoever writes meanwhile."""
         with self._explained(), self.engine.connect() as connection:
-            yield connection.execution_options(readonly=True)
+            options: dict[str, Any] = {} if self.on_sqlite else {"isolation_level": "REPEATABLE READ"}
+            yield connection.execution_options(readonly=True, **options)
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """Within: one transaction, committed at the end, or undone whole at an error.
+        """Within: one transaction, committed at the end, or undone whole at an error. Writers take turns.
 
         Raises:
-            Unwritable: if the disk is full or read-only, or the database cannot be reached; nothing was changed.
+            Unwritable: if the disk is full or read-only, or the database cannot be reached. Nothing was changed, or,
+                if the connection was lost at the very commit, nobody knows, and the message says so.
         """
-        with self._explained(), self.engine.begin() as connection:
+        with self._explained(), self.engine.connect() as connection:
+            connection.begin()
             failpoint("before update")
+            self.lock_appends(connection)  # first of all: two who took it after other locks could wait for each other
             yield connection
             failpoint("before commit")
+            with self._explained("it is not known whether the last change was kept"):
+                connection.commit()
         failpoint("after commit")
 
     def lock_appends(self, connection: Connection) -> None:
-        """Until the transaction ends, no other appends. (On SQLite it holds the only write lock already.)"""
-        if not self.on_sqlite:
+        """Until the transaction ends, no other writes; held already within `write`.
+
+        On SQLite ``BEGIN IMMEDIATE`` took the only write lock.
+        """
+        if not self.on_sqlite and not connection.get_execution_options().get("alone"):
             connection.execute(_TAKE_LOCK, {"lock": _APPENDERS})
+            connection.execution_options(alone=True)
 
     def now(self, connection: Connection) -> float:
         """Seconds since 1970, by the clock that all workers share."""
@@ -113,7 +124,11 @@ class Database:
     def forget_pages(self) -> None:
         """Take deleted content out of what the database itself keeps: SQLite's write-ahead log, PostgreSQL's tables.
 
-        PostgreSQL's own write-ahead log and backups are outside, and certificates say so.
+        PostgreSQL's own write-ahead log and backups are outside, and certificates say so. There the tables are
+        rewritten: nobody can read them meanwhile, and rows that a transaction begun before may still see are kept.
+
+        Raises:
+            Unwritable: if on SQLite another process reads the ledger for longer than the timeout.
         """
         with self._explained(), self.engine.connect() as connection:
             if self.on_sqlite:
@@ -122,23 +137,22 @@ class Database:
                 if busy:
                     raise Unwritable("another process reads the ledger, so its write-ahead log stays; run it again")
             else:
-                connection.execution_options(isolation_level="AUTOCOMMIT").execute(sa.text("VACUUM body, record"))
+                connection.execution_options(isolation_level="AUTOCOMMIT").execute(sa.text("VACUUM FULL body, record"))
 
     def close(self) -> None:
         """Let go of all connections."""
         self.engine.dispose()
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, changed: str = "nothing was changed") -> Iterator[None]:
         try:
             yield
         except sa.exc.IntegrityError:
             raise
-        except sa.exc.DatabaseError as error:
-            reason = " ".join(str(error.orig).split())
+        except (sa.exc.DBAPIError, sa.exc.TimeoutError, sqlite3.Error) as error:
+            reason = " ".join(str(getattr(error, "orig", error)).split())
             raise Unwritable(
-                f"the ledger at {self} could not be read or written ({reason}); nothing was changed: "
-                "mend it and run again"
+                f"the ledger at {self} could not be read or written ({reason}); {changed}: mend it and run again"
             ) from error
 
 
@@ -148,10 +162,16 @@ _SERVER_CLOCK = sa.text("SELECT extract(epoch FROM clock_timestamp())")
 
 
 def _sqlite(url: sa.URL) -> Engine:
-    if not url.database or url.database == ":memory:":
+    if not url.database or ":memory:" in url.database or url.query.get("mode") == "memory":
         raise Misuse("a ledger in memory would be lost at once; give a file: sqlite:///path/ledger.db")
-    Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = sa.create_engine(url, connect_args={"timeout": 30})
+    if not url.database.startswith("file:"):
+        folder = Path(url.database).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Unwritable(f"the folder {folder} of the ledger could not be made ({error}); mend it") from None
+    waits = {} if "timeout" in url.query else {"timeout": 30}
+    engine = sa.create_engine(url, connect_args=waits, hide_parameters=True)
 
     @sa.event.listens_for(engine, "connect")
     def _prepare(raw: Any, _: object) -> None:
@@ -174,4 +194,4 @@ def _postgresql(url: sa.URL) -> Engine:
         raise Unsupported(
             "PostgreSQL needs psycopg 3; install it: pip install 'expunge[postgres]', or use SQLite"
         ) from None
-    return sa.create_engine(url.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+    return sa.create_engine(url.set(drivername="postgresql+psycopg"), pool_pre_ping=True, hide_parameters=True)

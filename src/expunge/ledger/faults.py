@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
@@ -11,53 +12,103 @@ from sqlalchemy.engine import Connection
 from expunge.core.digest import sha256_hex
 from expunge.core.errors import Corrupt
 from expunge.ledger import check
-from expunge.ledger.database import Database
+from expunge.ledger.database import Database, moment
 from expunge.ledger.keys import Keys
 from expunge.ledger.log import Log, fault_of
+from expunge.ledger.recordset import RecordSet
 from expunge.ledger.tables import body, certificate, checkpoint, entry, model, outbox, record, request, run
 from expunge.ledger.tree import Tree
 
+_TOLD = ("completed", "denied", "cancelled", "expired", "extended")
+_OVER = _TOLD[:-1]
+_ANCHORS = ("registered", "switched")
+
+
+@dataclass
+class _Story:
+    """What the log tells of one request: the last it said of each thing, and when which event was."""
+
+    rank: int
+    said: dict[str, Any] = field(default_factory=dict)
+    at: dict[str, str] = field(default_factory=dict)
+    updated_at: str = ""
+    first_state: str | None = None
+    told: dict[str, dict[str, Any]] = field(default_factory=dict)
+    completed: int | None = None
+
+    def go_on(self, row: Any, said: Mapping[str, Any]) -> None:
+        """The next event."""
+        if not self.said:
+            self.first_state = said.get("state")
+        self.said.update(said)
+        self.at[row.kind] = self.updated_at = row.at
+        if row.kind == "released":
+            self.said["run"] = None
+        if row.kind in _TOLD:
+            self.told[row.kind] = {name: said[name] for name in said if name != "state"}
+        if row.kind == "completed":
+            self.completed = row.idx
+
+
+_Stories = dict[str, _Story]
+
 
 def faults(database: Database, log: Log, keys: Keys) -> Iterator[str]:
-    """What is wrong, one line each: the table, the row, what does not fit."""
+    """What is wrong, one line each: the table, the row, what does not fit.
+
+    What it cannot see: whoever can write the database can add entries after the last checkpoint, or change those; and
+    nothing in the log covers leases, notes on why a request is held, folders of models, when a message was sent,
+    records' names and keys, or that a checkpoint before the last was deleted.
+    """
     with database.read() as connection:
-        tree, last, anchored = Tree(), {}, {}  # type: ignore[var-annotated]
-        for row in connection.execute(sa.select(entry).order_by(entry.c.idx)):
-            if row.idx != len(tree):
-                yield f"entry {len(tree)}: missing"
-                return
-            fault = fault_of(row)
-            if fault is not None:
-                yield fault
-            tree.append(bytes(row.leaf))
-            if fault is None:
-                said = check.parse(row.body.encode("utf-8"))
-                if row.request:
-                    _replay(last.setdefault(row.request, {}), row, said)
-                else:
-                    anchored[said["model"]] = said
-        yield from _checkpoints(connection, tree, keys, log)
-        yield from _requests(connection, last)
-        yield from _outbox(connection, last)
-        yield from _certificates(connection, last, keys, tree)
-        yield from _models(connection, anchored)
+        tree = Tree()
+        stories: _Stories = {}
+        anchored: dict[str, Mapping[str, Any]] = {}
+        yield from _whole("entry", _entries(connection, tree, stories, anchored))
+        yield from _whole("checkpoint", _checkpoints(connection, tree, keys, log))
+        yield from _whole("request", _requests(connection, stories))
+        yield from _whole("outbox", _outbox(connection, stories))
+        yield from _whole("body", _bodies(connection, stories, keys))
+        yield from _whole("run", _runs(connection, stories))
+        yield from _whole("certificate", _certificates(connection, stories, keys))
+        yield from _whole("model", _models(connection, anchored))
+        yield from _whole("record", _records(connection, anchored))
 
 
-def _replay(known: dict[str, Any], row: Any, said: Mapping[str, Any]) -> None:
-    """What the events so far say of a request."""
-    known.update({name: said[name] for name in said})
-    known["updated_at"] = row.at
-    known["events"] = {*known.get("events", ()), row.kind}
-    if row.kind == "completed":
-        known["completed_at"] = row.idx
+def _whole(table: str, found: Iterator[str]) -> Iterator[str]:
+    """The same; values of another kind than the table's are a fault too, and end the search of that table."""
+    try:
+        yield from found
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        yield f"{table}: a value is not of its column's kind ({reason}), so the rest was not read"
+
+
+def _entries(
+    connection: Connection, tree: Tree, stories: _Stories, anchored: dict[str, Mapping[str, Any]]
+) -> Iterator[str]:
+    for row in connection.execute(sa.select(entry).order_by(entry.c.idx)):
+        if row.idx != len(tree):
+            yield f"entry {len(tree)}: missing"
+            return
+        fault = fault_of(row)
+        tree.append(bytes(row.leaf))
+        if fault is not None:
+            yield fault
+            continue
+        said = check.parse(row.body.encode("utf-8"))
+        if row.request:
+            stories.setdefault(row.request, _Story(rank=len(stories))).go_on(row, said)
+        elif row.kind in _ANCHORS:
+            anchored[said["model"]] = said
 
 
 def _checkpoints(connection: Connection, tree: Tree, keys: Keys, log: Log) -> Iterator[str]:
     for row in connection.execute(sa.select(checkpoint).order_by(checkpoint.c.size)):
         try:
             signed = check.open_note(row.note, keys.trusted)
-        except check.Refused as error:
-            yield f"checkpoint {row.size}: {error.why}"
+        except (check.Refused, AttributeError) as error:
+            yield f"checkpoint {row.size}: {error}"
             continue
         if (signed.size, signed.origin) != (row.size, log.origin):
             yield f"checkpoint {row.size}: it is signed for {signed.size} entries of {signed.origin}"
@@ -72,85 +123,164 @@ def _checkpoints(connection: Connection, tree: Tree, keys: Keys, log: Log) -> It
         yield f"checkpoint outside: the log does not hold the {outside.size} entries that were signed"
 
 
-_COMMITTED = ("key_mac", "body_mac", "model", "kind", "regime", "received_at", "due_at", "state", "updated_at")
+_SLACK_S = 60  # the pause is reckoned before its event is stamped
+_COMMITTED = ("key_mac", "body_mac", "model", "kind", "regime", "received_at", "due_at", "state")
 
 
-def _requests(connection: Connection, last: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def _requests(connection: Connection, stories: _Stories) -> Iterator[str]:
     found = set()
-    for row in connection.execute(sa.select(request)).mappings():
+    for row in map(dict, connection.execute(sa.select(request)).mappings()):
         found.add(row["id"])
-        said = last.get(row["id"])
-        if said is None:
+        story = stories.get(row["id"])
+        if story is None:
             yield f"request {row['id']}: the log does not know it"
             continue
-        for name in _COMMITTED:
-            if row[name] != said.get(name):
-                yield f"request {row['id']}: {name} is {row[name]!r} and the log says {said.get(name)!r}"
-        if bool(row["exact"]) != said.get("exact", False) or bool(row["extended"]) != ("extended" in said["events"]):
-            yield f"request {row['id']}: exact or extended is not as the log says"
-        if row["run"] != said.get("run"):
-            yield f"request {row['id']}: run is {row['run']!r} and the log says {said.get('run')!r}"
-    for name in sorted(set(last) - found):
+        for name, wanted in _columns(story, row).items():
+            if row[name] != wanted:
+                yield f"request {row['id']}: {name} is {row[name]!r} and the log says {wanted!r}"
+    for name in sorted(set(stories) - found):
         yield f"request {name}: missing, though the log knows it"
 
 
-def _outbox(connection: Connection, last: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    told = {(row.request, row.topic) for row in connection.execute(sa.select(outbox))}
-    for name, said in sorted(last.items()):
-        for topic in ("completed", "denied", "cancelled", "expired", "extended"):
-            if (topic in said["events"]) != ((name, topic) in told):
-                yield f"outbox: request {name} was {topic}, or not, and the outbox says otherwise"
-    for name, topic in sorted(told):
-        if name not in last:
-            yield f"outbox: {topic} of request {name}, which the log does not know"
-    kept = set(connection.execute(sa.select(body.c.request)).scalars())
-    for name, said in sorted(last.items()):
-        over = said.get("state") in ("completed", "denied", "cancelled", "expired")
-        if over == (name in kept):
-            yield f"body: that of request {name} {'was not erased' if over else 'is missing'}"
+def _columns(story: _Story, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the columns of a request must hold."""
+    said = story.said
+    unsure = story.first_state == "identity_unverified"
+    paused = 0
+    if unsure and "identified" in story.at:
+        paused = max(0, round((moment(story.at["identified"]) - moment(said["received_at"])).total_seconds()))
+    wanted: dict[str, Any] = {name: said.get(name) for name in _COMMITTED}
+    wanted |= {
+        "seq": story.rank + 1,
+        "extended": "extended" in story.at,
+        "exact": said.get("exact", False),
+        "run": said.get("run"),
+        "paused_at": said["received_at"] if unsure and "identified" not in story.at else None,
+        "paused_s": row["paused_s"] if 0 <= paused - row["paused_s"] <= _SLACK_S and paused else paused,
+        "updated_at": story.updated_at,
+        "why": said.get("reason") if "denied" in story.at else row["why"],
+    }
+    return wanted
 
 
-def _certificates(
-    connection: Connection, last: Mapping[str, Mapping[str, Any]], keys: Keys, tree: Tree
-) -> Iterator[str]:
+def _outbox(connection: Connection, stories: _Stories) -> Iterator[str]:
     found = set()
-    differences = dict(connection.execute(sa.select(run.c.id, run.c.difference)).tuples().all())
+    for row in connection.execute(sa.select(outbox)):
+        found.add((row.request, row.topic))
+        story = stories.get(row.request)
+        told = None if story is None else story.told.get(row.topic)
+        if story is None or told is None:
+            yield f"outbox {row.id}: {row.topic} of request {row.request}, which the log does not know of"
+            continue
+        said = check.parse(row.data.encode("utf-8"))
+        if row.topic == "extended":  # why, and the instant before the event's, are in the outbox alone
+            said.pop("why", None)
+        elif row.at != story.at[row.topic]:
+            yield f"outbox {row.id}: at is {row.at!r} and request {row.request} was {row.topic} at another time"
+        if said != told:
+            yield f"outbox {row.id}: it does not tell what the log says of request {row.request}, {row.topic}"
+    for name, story in sorted(stories.items()):
+        for topic in sorted(story.told):
+            if (name, topic) not in found:
+                yield f"outbox: request {name} was {topic}, and no message says so"
+
+
+def _bodies(connection: Connection, stories: _Stories, keys: Keys) -> Iterator[str]:
+    found = set()
+    for row in connection.execute(sa.select(body)):
+        found.add(row.request)
+        story = stories.get(row.request)
+        if story is None or story.said.get("state") in _OVER:
+            yield f"body {row.request}: {'the log does not know its request' if story is None else 'was not erased'}"
+        elif keys.mac(bytes(row.data)) != story.said.get("body_mac"):
+            yield f"body {row.request}: it is not what was asked"
+    for name, story in sorted(stories.items()):
+        if story.said.get("state") not in _OVER and name not in found:
+            yield f"body {name}: missing, though its request is not done"
+
+
+def _runs(connection: Connection, stories: _Stories) -> Iterator[str]:
+    found = {row.id: row for row in connection.execute(sa.select(run))}
+    for name, story in sorted(stories.items()):
+        said = story.said
+        if said.get("run") is None:
+            continue
+        row = found.get(said["run"])
+        if row is None:
+            yield f"run {said['run']}: missing, though the log says that it carries out request {name}"
+        elif row.model != said.get("model"):
+            yield f"run {row.id}: model is {row.model!r} and its request is about {said.get('model')!r}"
+        elif said.get("state") in ("running", "verifying") and row.exact != said.get("exact", False):
+            yield f"run {row.id}: exact is {row.exact} and the log says {said.get('exact', False)}"
+        elif (row.state == "done") != (said.get("state") == "completed"):
+            yield f"run {row.id}: state is {row.state!r} and its request {name} is {said.get('state')}"
+    for unknown in sorted(set(found) - {story.said.get("run") for story in stories.values()}):
+        if found[unknown].state in ("active", "done"):
+            yield f"run {unknown}: {found[unknown].state}, and the log knows no request that it carries out"
+
+
+def _certificates(connection: Connection, stories: _Stories, keys: Keys) -> Iterator[str]:
+    found = set()
+    differences = {row.id: row.difference for row in connection.execute(sa.select(run.c.id, run.c.difference))}
     for row in connection.execute(sa.select(certificate)):
         found.add(row.request)
-        said = last.get(row.request, {})
-        if (sha256_hex(bytes(row.payload)), row.idx) != (said.get("certificate"), said.get("completed_at")):
+        story = stories.get(row.request)
+        said = {} if story is None else story.said
+        if story is None or (row.idx, row.run) != (story.completed, said.get("run")):
+            yield f"certificate {row.request}: its entry or run is not the one that the log names"
+        elif sha256_hex(bytes(row.payload)) != said.get("certificate"):
             yield f"certificate {row.request}: it is not the one that the log names"
-            continue
-        if row.envelope is None:
+        elif row.envelope is None:
             yield f"certificate {row.request}: it is not signed yet"
-            continue
-        try:
-            statement, payload = check.open_envelope(check.parse(bytes(row.envelope)), keys.trusted)
-            bundle = {
-                "removed": {"commitments": check.parse(bytes(row.removed))},
-                "difference": check.parse(bytes(differences.get(row.run) or b"")),
-            }
-            check.check_removed(bundle, statement)
-            check.check_difference(bundle, statement)
-            if payload != bytes(row.payload):
-                raise check.Refused("certificate", "what is signed is not what was committed")
-        except check.Refused as error:
-            yield f"certificate {row.request}: {error}"
-    for name, said in sorted(last.items()):
-        if ("completed" in said["events"]) and name not in found:
+        else:
+            fault = _certificate(row, differences.get(row.run), keys)
+            if fault is not None:
+                yield f"certificate {row.request}: {fault}"
+    for name, story in sorted(stories.items()):
+        if story.completed is not None and name not in found:
             yield f"certificate {name}: missing"
 
 
-def _models(connection: Connection, anchored: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    from expunge.ledger.recordset import RecordSet
+def _certificate(row: Any, difference: bytes | None, keys: Keys) -> str | None:
+    try:
+        statement, payload = check.open_envelope(check.parse(bytes(row.envelope)), keys.trusted)
+        bundle = {
+            "removed": {"commitments": check.parse(bytes(row.removed))},
+            "difference": check.parse(bytes(difference or b"")),
+        }
+        check.check_form(statement)
+        check.check_removed(bundle, statement)
+        check.check_difference(bundle, statement)
+    except check.Refused as error:
+        return str(error)
+    return None if payload == bytes(row.payload) else "what is signed is not what was committed"
 
+
+def _models(connection: Connection, anchored: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    found = set()
     for row in connection.execute(sa.select(model)):
+        found.add(row.name)
         said = anchored.get(row.name)
         if said is None or (row.version, row.digest) != (said["version"], said["digest"]):
             yield f"model {row.name}: version or digest is not the one that the log names"
-            continue
-        members = connection.execute(
-            sa.select(record.c.commitment).where(record.c.model == row.name, record.c.run.is_(None))
-        )
-        if RecordSet(bytes(one.commitment) for one in members).root().to_json() != said["set"]:
-            yield f"record: those that model {row.name} stands on are not those that the log anchors"
+    for name in sorted(set(anchored) - found):
+        yield f"model {name}: missing, though the log anchors it"
+
+
+def _records(connection: Connection, anchored: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    present: dict[str, list[bytes]] = {name: [] for name in anchored}
+    gone: dict[str, list[bytes]] = {}
+    for row in connection.execute(sa.select(record.c.model, record.c.commitment, record.c.run)):
+        of = present.setdefault(row.model, []) if row.run is None else gone.setdefault(row.run, [])
+        of.append(bytes(row.commitment))
+    for name, members in sorted(present.items()):
+        if name not in anchored or RecordSet(members).root().to_json() != anchored[name]["set"]:
+            yield f"record: those that model {name} stands on are not those that the log anchors"
+    known = {row.id: row.difference for row in connection.execute(sa.select(run.c.id, run.c.difference))}
+    for name in sorted(set(gone) | {name for name, difference in known.items() if difference is not None}):
+        if name not in known:
+            yield f"record: some were removed by run {name}, which is not known"
+        elif known[name] is not None:
+            removed = [bytes.fromhex(text) for text in check.parse(bytes(known[name]))["removed"]]
+            if sorted(gone.get(name, [])) != sorted(removed):
+                yield f"record: those that run {name} removed are not those that its certificates name"

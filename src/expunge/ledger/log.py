@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from expunge.core.errors import Corrupt, Misuse, UnknownRecord
+from expunge.core.errors import Corrupt, Misuse, UnknownRecord, Unwritable
 from expunge.core.store import write_atomically
 from expunge.ledger import check
 from expunge.ledger.database import Database
@@ -51,7 +52,7 @@ class Log:
     def __init__(self, database: Database, keys: Keys, origin: str, anchor: Path | None) -> None:
         """The log called `origin`; `anchor` is the file, outside the database, that holds the last checkpoint."""
         self.database, self.keys, self.origin, self.anchor = database, keys, origin, anchor
-        self._tree = Tree()
+        self._tree, self._growing = Tree(), threading.RLock()
 
     def append(
         self, connection: Connection, events: Sequence[tuple[str, str, Mapping[str, Any]]], at: str
@@ -105,14 +106,20 @@ class Log:
                 yield self.read(row)
 
     def tree(self) -> Tree:
-        """The tree over all entries committed so far."""
-        query = sa.select(entries.c.idx, entries.c.leaf).where(entries.c.idx >= len(self._tree))
-        with self.database.read() as connection:
+        """The tree over all entries committed so far. It grows: give sizes, as other threads may have it grow."""
+        with self._growing, self.database.read() as connection:
+            query = sa.select(entries.c.idx, entries.c.leaf).where(entries.c.idx >= len(self._tree))
             for row in connection.execute(query.order_by(entries.c.idx)):
                 if row.idx != len(self._tree):
                     raise Corrupt(f"entry {len(self._tree)} is missing from the log; restore it from a backup")
-                self._tree.append(row.leaf)
+                self._tree.append(bytes(row.leaf))
         return self._tree
+
+    def _root(self) -> check.Checkpoint:
+        """Size and root of one moment."""
+        with self._growing:
+            tree = self.tree()
+            return check.Checkpoint(self.origin, len(tree), tree.root())
 
     def checkpoint(self) -> str:
         """Sign the log as it is committed now; kept in the database and, first, outside of it. Returns the note.
@@ -121,16 +128,17 @@ class Log:
 
         Raises:
             Corrupt: if the log no longer holds what was signed before.
+            Unwritable: if the disk is full or read-only; the last checkpoint stands.
         """
         with self._anchored() as before:
-            tree = self.tree()
             self._refuse_other_history(before)
-            note = self.keys.sign_checkpoint(check.Checkpoint(self.origin, len(tree), tree.root()))
+            here = self._root()
+            note = self.keys.sign_checkpoint(here)
             if self.anchor is not None:
                 write_atomically(self.anchor, note.encode("utf-8"))
         with self.database.write() as connection:
-            if connection.execute(sa.select(checkpoints.c.size).where(checkpoints.c.size == len(tree))).first() is None:
-                connection.execute(checkpoints.insert().values(size=len(tree), note=note))
+            if connection.execute(sa.select(checkpoints.c.size).where(checkpoints.c.size == here.size)).first() is None:
+                connection.execute(checkpoints.insert().values(size=here.size, note=note))
         return note
 
     def last_checkpoint(self) -> check.Checkpoint | None:
@@ -157,11 +165,12 @@ class Log:
         if signed is None:
             return
         tree = self.tree()
+        size = len(tree)
         if signed.origin != self.origin:
             raise Corrupt(f'the checkpoint outside is of log "{signed.origin}", and this is "{self.origin}"')
-        if len(tree) < signed.size:
+        if size < signed.size:
             raise Corrupt(
-                f"the ledger was rolled back: it has {len(tree)} entries and {signed.size} were signed; an old "
+                f"the ledger was rolled back: it has {size} entries and {signed.size} were signed; an old "
                 "backup was restored, so put the newest in its place"
             )
         if tree.root(signed.size) != signed.root:
@@ -173,10 +182,16 @@ class Log:
         if self.anchor is None:
             yield None
             return
-        self.anchor.parent.mkdir(parents=True, exist_ok=True)
-        with self.anchor.with_name(self.anchor.name + ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield self.last_checkpoint()
+        try:
+            self.anchor.parent.mkdir(parents=True, exist_ok=True)
+            with self.anchor.with_name(self.anchor.name + ".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield self.last_checkpoint()
+        except OSError as error:
+            raise Unwritable(
+                f"the checkpoint at {self.anchor} could not be written ({error}); the last one stands: make room, or "
+                "make its folder writable, and run again"
+            ) from error
 
     def consistency(self, old: int, new: int | None = None) -> bytes:
         """A file that proves that the log of a later checkpoint begins with that of an earlier one.

@@ -6,11 +6,13 @@ was. Computing may happen twice; its effect happens once, in one transaction tha
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from threading import Event, Thread
 from typing import Any, Final
 
@@ -30,6 +32,7 @@ from expunge.ledger.requests import Filed
 from expunge.ledger.states import State
 from expunge.workflow import erasure
 from expunge.workflow.carrying import Carried, carry_out, refuse_replacement
+from expunge.workflow.fallback import FallBack
 from expunge.workflow.mirror import PARENT, REQUESTS, Mirror
 from expunge.workflow.statements import claim_of, method_of, statement
 from expunge.workflow.workspace import Workspace
@@ -126,6 +129,33 @@ class Journey:
         self.ledger.log.checkpoint()
         return Progress(held=tuple(held), waiting=waiting, **{name: tuple(ids) for name, ids in done.items()})
 
+    def fall_back(self, model: Trained, worker: str) -> Progress:
+        """Retire the model: serve this one in its place, which never read the records that must go.
+
+        Carries out every withheld request. What the other model does not stand on leaves the set of records too.
+
+        Raises:
+            Misuse: if there is nothing withheld.
+        """
+        withheld = self._waiting(State.WITHHELD)
+        if not withheld:
+            raise Misuse(
+                f'no request about "{self.model}" is withheld, so its model is not retired; see: expunge status'
+            )
+        other = copy.copy(self)
+        other.method = other.exact = FallBack(model=model)
+        for filed in withheld:
+            self.ledger.requests.release(filed.id)
+        return other.run(worker, now=True)
+
+    @cached_property
+    def _names(self) -> Mapping[str, str]:
+        return self.workspace.names(self.records)
+
+    def _served(self) -> Trained:
+        served = self.ledger.models.served(self.model)
+        return self.workspace.read(served.folder, served.digest, self._names)
+
     def _waiting(self, *states: State) -> list[Filed]:
         return self.ledger.requests.find(model=self.model, state=states)
 
@@ -142,7 +172,7 @@ class Journey:
         self.ledger.requests.screening(filed.id)
         self.tell(f"screen {filed.id}", 0, 1)
         request = self.workspace.asked(filed.id)
-        trained = self.workspace.load(self.model, self.records)
+        trained = self._served()
         try:
             refuse_replacement(request)
             request.split(self.records, ids=trained.ids, gone=trained.gone)
@@ -234,7 +264,7 @@ class Journey:
     def _unlearn(self, run: Run) -> Run:
         served = self.ledger.models.served(self.model)
         self.tell(f"unlearn for {len(run.requests)} requests", 0, 1)
-        trained = self.workspace.load(self.model, self.records)
+        trained = self._served()
         requests = {name: self.workspace.asked(name) for name in run.requests}
         method = self.exact if run.exact else self.method
         rng = generator(seed_of("run", run.id))
@@ -282,7 +312,7 @@ class Journey:
         self.ledger.runs.verifying(run)
         after = self._after(run)
         requests = tuple(self.workspace.asked(name) for name in run.requests)
-        before = self.workspace.load(self.model, self.records)
+        before = self._served()
         job = Job(requests=requests, before=before, after=after, records=self.records)
         outcomes: dict[str, Outcome] = {}
         for number, name in enumerate(AFTER):
@@ -302,7 +332,7 @@ class Journey:
 
     def _after(self, run: Run) -> Trained:
         after = run.detail["after"]
-        return self.workspace.read(after["folder"], after["digest"], self.records)
+        return self.workspace.read(after["folder"], after["digest"], self._names)
 
     def _drop(self, run: Run) -> None:
         """Delete a result that is not released."""
@@ -354,8 +384,8 @@ class Journey:
         return version, [{"what": "mirror version", "name": name} for name in retired]
 
     def _rows(self, gone: frozenset[str]) -> Records:
-        name = self.workspace.keys.pseudonym
-        return self.records.where(lambda record_id, _: name(record_id) in gone)
+        mine = {self._names[name] for name in gone if name in self._names}
+        return self.records.where(lambda record_id, _: record_id in mine)
 
     def _complete(self, run: Run) -> None:
         statements: dict[str, Statement] = {}
