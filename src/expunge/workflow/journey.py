@@ -19,7 +19,16 @@ from typing import Any, Final
 from expunge.core.claim import Claim
 from expunge.core.coins import generator, seed_of
 from expunge.core.digest import sha256_hex
-from expunge.core.errors import Corrupt, ExpungeError, Impossible, Misuse, NothingChanged, Unsupported
+from expunge.core.errors import (
+    Corrupt,
+    ExpungeError,
+    Impossible,
+    Misuse,
+    NothingChanged,
+    NotNow,
+    Overtaken,
+    Unsupported,
+)
 from expunge.core.protocols import Failed, Held, Job, Method, NotDone, Passed, Stage
 from expunge.core.records import Records
 from expunge.core.trained import Trained
@@ -169,6 +178,12 @@ class Journey:
 
     def screen(self, filed: Filed) -> bool:
         """Screen one request; True if it is held for a person to look at."""
+        try:
+            return self._screen(filed)
+        except NotNow:  # another worker was quicker, or it was cancelled meanwhile
+            return False
+
+    def _screen(self, filed: Filed) -> bool:
         self.ledger.requests.screening(filed.id)
         self.tell(f"screen {filed.id}", 0, 1)
         request = self.workspace.asked(filed.id)
@@ -281,13 +296,11 @@ class Journey:
             read = carried.witness.commitments(self.workspace.keys, openings, over).root().to_json()
         folder = served.folder
         if carried.changed:
-            folder = f"models/{self.model}/v{served.version + 1:04d}-{run.id[:8]}"
-            shutil.rmtree(self.workspace.root / folder, ignore_errors=True)  # of a worker that died while saving
+            # The fence is part of the name: a worker that was taken over may still be saving its own.
+            folder = f"models/{self.model}/v{served.version + 1:04d}-{run.id[:8]}-{run.fence}"
             self.workspace.keep(carried.trained, folder)
         failpoint("after save")
-        return self.ledger.runs.record(
-            run,
-            "unlearned",
+        found = dict(
             before={"digest": served.digest, "version": served.version},
             after={"digest": carried.trained.digest(), "version": served.version + carried.changed, "folder": folder},
             anchor=anchor,
@@ -299,6 +312,12 @@ class Journey:
             method=method_of(method),
             claim=self._claim_of(carried),
         )
+        try:
+            return self.ledger.runs.record(run, "unlearned", **found)
+        except Overtaken:
+            if carried.changed:
+                shutil.rmtree(self.workspace.root / folder, ignore_errors=True)
+            raise
 
     def _claim_of(self, carried: Carried) -> dict[str, Any]:
         if not carried.changed:
@@ -360,9 +379,7 @@ class Journey:
         version, mirrored = self._mirror(run)
         retired = erasure.retire(self.workspace, self.model, after["folder"], gone)
         retired += list(run.detail.get("retired", ()))  # by an earlier attempt
-        found = None
-        if gone:
-            found = erasure.look(self.workspace, self._rows(gone), self.records)
+        found = erasure.look(self.workspace, self._rows(gone), self.records) if gone else None
         with self.ledger.database.read() as connection:
             set_after = self.ledger.models.standing_on(connection, self.model).root().to_json()
         found_so_far = {"retired": _distinct(retired + mirrored), "set_after": set_after, "mirror": version}
@@ -370,8 +387,8 @@ class Journey:
         if found is not None:
             erasure.refuse_leftovers(found)
         failpoint("after erase")
-        summary = {"files": 0, "bytes": 0} if found is None else {"files": found.files, "bytes": found.size_bytes}
-        return self.ledger.runs.record(run, "erased", sweep={**summary, "clean": True})
+        summary = None if found is None else {"files": found.files, "bytes": found.size_bytes, "clean": found.clean}
+        return self.ledger.runs.record(run, "erased", sweep=summary)
 
     def _mirror(self, run: Run) -> tuple[str | None, list[dict[str, Any]]]:
         if self.mirror is None:
