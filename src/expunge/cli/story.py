@@ -19,9 +19,11 @@ from expunge.report import Report, print_grid, write
 
 def demo(
     chapter: Annotated[
-        str | None, typer.Argument(help="Tell one chapter at length: train, requests or unlearn.")
+        str | None, typer.Argument(help="Tell one chapter at length: train, requests, unlearn, certificate or sweep.")
     ] = None,
-    workspace: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("build/demo"),
+    workspace: Annotated[Path, typer.Option(help="Folder for the report, the workspace and the certificates.")] = Path(
+        "build/demo"
+    ),
     seed: Seed = 0,
     seeds: Annotated[int | None, typer.Option(help="Trainings to average over (1; 3 for a single chapter).")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 5,
@@ -45,7 +47,7 @@ def demo(
         raise Misuse(f"--seeds must be >= 1, got {seeds}")
     _refuse_pictures(show_removed, workspace, chapter)
     count = seeds if seeds is not None else 1 if chapter is None else 3
-    settings = Settings(seed=seed, seeds=count, epochs=epochs, show_removed=show_removed)
+    settings = Settings(seed=seed, seeds=count, epochs=epochs, folder=workspace, show_removed=show_removed)
     with progress(quiet or as_json) as show:
         report = tell(settings, chapters=None if chapter is None else [chapter], progress=show)
     html, data = write(report, workspace)

@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 
 from expunge.core.errors import Misuse
+from expunge.demo.journey import tell_certificate, tell_sweep
 from expunge.demo.requests import tell_requests
 from expunge.demo.story import Settings, Story, Tell, silent
 from expunge.demo.tables import ratio
@@ -19,14 +20,19 @@ from expunge.report import Chapter, Report
 __all__ = ["CHAPTERS", "NOT_BUILT", "Settings", "Story", "tell"]
 
 CHAPTERS: Mapping[str, Callable[[Story], Chapter]] = MappingProxyType(
-    {"train": tell_train, "requests": tell_requests, "unlearn": tell_unlearn}
+    {
+        "train": tell_train,
+        "requests": tell_requests,
+        "unlearn": tell_unlearn,
+        "certificate": tell_certificate,
+        "sweep": tell_sweep,
+    }
 )
 NOT_BUILT = MappingProxyType(
     {
         "screen": "not done: requests are not screened for attacks in this version",
         "certify": "not done: no certified method in this version",
         "verify": "not done: no verification by the owner in this version",
-        "sweep": "not done: no ledger, no certificate and no sweep of the workspace in this version",
     }
 )
 
@@ -46,7 +52,7 @@ def tell(settings: Settings, *, chapters: Sequence[str] | None = None, progress:
     for name in wanted:
         if name not in CHAPTERS:
             raise Misuse(f'there is no chapter "{name}"; there are {", ".join(CHAPTERS)}')
-    story = Story(settings, progress, units=4 + settings.seeds * (2 + STEPS_OF_A_SEED))
+    story = Story(settings, progress, units=7 + settings.seeds * (2 + STEPS_OF_A_SEED))
     told = tuple(CHAPTERS[name](story) for name in wanted)
     story.step("write the report")
     off = tuple(Chapter(name=name, headline=why, done=False) for name, why in NOT_BUILT.items() if chapters is None)
@@ -60,7 +66,9 @@ def tell(settings: Settings, *, chapters: Sequence[str] | None = None, progress:
             "torch": f"{torch.__version__}, threads: {torch.get_num_threads()}, Python {platform.python_version()}",
         },
         chapters=told + off,
-        sound=all(chapter.data.get("sisa_equals_scratch", True) for chapter in told),
+        sound=all(
+            chapter.data.get("sisa_equals_scratch", True) and chapter.data.get("sound", True) for chapter in told
+        ),
     )
 
 

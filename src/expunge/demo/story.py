@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +18,9 @@ from expunge.core.recipe import Recipe, Sharding
 from expunge.core.request import Request
 from expunge.core.trained import Trained
 from expunge.learn.training import train
+
+if TYPE_CHECKING:
+    from expunge.demo.journey import Honoured
 
 Tell = Callable[[str, int, int], None]
 
@@ -32,6 +37,7 @@ class Settings:
         label: the class that is forgotten.
         epochs: of training.
         shards: of the sharded model.
+        folder: where the workspace and the certificates are made; None: a new temporary folder.
         show_removed: folder for pictures of the removed rows, outside the workspace; None draws none.
     """
 
@@ -42,6 +48,7 @@ class Settings:
     label: int = 3
     epochs: int = 5
     shards: int = 20
+    folder: Path | None = None
     show_removed: Path | None = None
 
 
@@ -103,6 +110,19 @@ class Story:
         """A model in shards."""
         self.step(f"train {self.settings.shards} shards")
         return train(replace(self.recipe, sharding=Sharding(shards=self.settings.shards)), self.data.train)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the workspace and the certificates are made."""
+        given = self.settings.folder
+        return Path(tempfile.mkdtemp(prefix="expunge-demo-")) if given is None else given
+
+    @cached_property
+    def honoured(self) -> Honoured:
+        """The owners' requests, honoured in a workspace."""
+        from expunge.demo.journey import honour
+
+        return honour(self)
 
     @cached_property
     def askers(self) -> tuple[str, ...]:

@@ -300,18 +300,22 @@ class Journey:
             folder = f"models/{self.model}/v{served.version + 1:04d}-{run.id[:8]}-{run.fence}"
             self.workspace.keep(carried.trained, folder)
         failpoint("after save")
-        found = dict(
-            before={"digest": served.digest, "version": served.version},
-            after={"digest": carried.trained.digest(), "version": served.version + carried.changed, "folder": folder},
-            anchor=anchor,
-            set_before=before.root().to_json(),
-            rows_read=read,
-            left=sorted(map(name, left)),
-            removed={of: sorted(map(name, ids)) for of, ids in carried.mine.items()},
-            already=dict(carried.already),
-            method=method_of(method),
-            claim=self._claim_of(carried),
-        )
+        found = {
+            "before": {"digest": served.digest, "version": served.version},
+            "after": {
+                "digest": carried.trained.digest(),
+                "version": served.version + carried.changed,
+                "folder": folder,
+            },
+            "anchor": anchor,
+            "set_before": before.root().to_json(),
+            "rows_read": read,
+            "left": sorted(map(name, left)),
+            "removed": {of: sorted(map(name, ids)) for of, ids in carried.mine.items()},
+            "already": dict(carried.already),
+            "method": method_of(method),
+            "claim": self._claim_of(carried),
+        }
         try:
             return self.ledger.runs.record(run, "unlearned", **found)
         except Overtaken:
