@@ -21,7 +21,7 @@ def demo(
     chapter: Annotated[
         str | None, typer.Argument(help="Tell one chapter at length: train, requests, unlearn, certificate or sweep.")
     ] = None,
-    workspace: Annotated[Path, typer.Option(help="Folder for the report, the workspace and the certificates.")] = Path(
+    workspace: Annotated[Path, typer.Option(help="Folder for report, workspace and certificates.")] = Path(
         "build/demo"
     ),
     seed: Seed = 0,

@@ -66,9 +66,7 @@ def tell(settings: Settings, *, chapters: Sequence[str] | None = None, progress:
             "torch": f"{torch.__version__}, threads: {torch.get_num_threads()}, Python {platform.python_version()}",
         },
         chapters=told + off,
-        sound=all(
-            chapter.data.get("sisa_equals_scratch", True) and chapter.data.get("sound", True) for chapter in told
-        ),
+        sound=all(chapter.data.get(what, True) for chapter in told for what in ("sisa_equals_scratch", "sound")),
     )
 
 

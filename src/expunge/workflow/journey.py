@@ -300,6 +300,7 @@ class Journey:
             folder = f"models/{self.model}/v{served.version + 1:04d}-{run.id[:8]}-{run.fence}"
             self.workspace.keep(carried.trained, folder)
         failpoint("after save")
+        digest, version = carried.trained.digest(), served.version + carried.changed
         found = {
             "before": {"digest": served.digest, "version": served.version},
             "after": {
