@@ -133,8 +133,8 @@ def tell_certificate(story: Story) -> Chapter:
             f"Each owner's request was filed in a workspace under {story.folder}, due within one calendar month; "
             f"one run removed {removed:,} records for all of them, and the new model took the old one's place.",
             "Each owner gets a bundle: the signed certificate, its place in the append-only log, and a proof, by "
-            "hashing alone, that the set of records before less the removed ones is the set that training read. A copy of "
-            "the checker that knows nothing of this program accepted it; with one digit changed it was refused.",
+            "hashing alone, that the set of records before, less the removed ones, is what training read. A copy "
+            "of the checker that knows nothing of this program accepted it; with one digit changed it was refused.",
         ),
         grids=(Grid(caption="The first bundle, offline", headers=("check", "", "what it found"), rows=rows, words=3),),
         shows="That what the certificates say is signed, logged, and consistent with the sets of records.",

@@ -303,11 +303,7 @@ class Journey:
         digest, version = carried.trained.digest(), served.version + carried.changed
         found = {
             "before": {"digest": served.digest, "version": served.version},
-            "after": {
-                "digest": carried.trained.digest(),
-                "version": served.version + carried.changed,
-                "folder": folder,
-            },
+            "after": {"digest": digest, "version": version, "folder": folder},
             "anchor": anchor,
             "set_before": before.root().to_json(),
             "rows_read": read,
