@@ -16,8 +16,7 @@ from expunge.core.records import Records
 from expunge.core.request import Request
 from expunge.demo.story import Story, counted
 from expunge.ledger import check
-from expunge.ledger.needles import Needles
-from expunge.ledger.sweep import Sweep, sweep
+from expunge.ledger.sweep import Needles, Sweep, sweep
 from expunge.report import Chapter, Grid
 from expunge.unlearn import Sisa
 from expunge.workflow import Journey, Workspace

@@ -9,8 +9,7 @@ from typing import Any
 
 from expunge.core.errors import ExpungeError
 from expunge.core.records import Records
-from expunge.ledger.needles import Needles
-from expunge.ledger.sweep import Sweep, sweep
+from expunge.ledger.sweep import Needles, Sweep, sweep
 from expunge.workflow.workspace import Workspace
 
 
