@@ -6,7 +6,8 @@ import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -80,6 +81,7 @@ class Requests:
         """`clock` sets when requests are due; `new_id` makes their ids (random UUIDs if None)."""
         self.database, self.log, self.keys, self.clock = database, log, keys, clock
         self.new_id = new_id or (lambda: str(uuid.uuid4()))
+        self._due: tuple[tuple[Clock, date], str] | None = None
 
     def submit(self, submission: Submission) -> tuple[Filed, bool]:
         """File one request durably. Returns it, and whether it is new."""
@@ -94,18 +96,21 @@ class Requests:
         with self.database.write() as connection:
             self.database.lock_appends(connection)
             now = self.database.utc(connection)
-            due: dict[str, str] = {}  # most of a batch are received now: worked out once for all of them
-            given = [self._row(submission, now, due) for submission in submissions]
+            at = moment(now)
+            given = [self._row(submission, now, at) for submission in submissions]
             fresh: dict[str, dict[str, Any]] = {}
             for row in given:
                 _refuse_other_body(fresh.setdefault(row["key_mac"], row), row)
             known = self._insert(connection, fresh, now)
         return [(_filed(known[row["key_mac"]]), known[row["key_mac"]] is row) for row in given]
 
-    def _row(self, submission: Submission, now: str, due: dict[str, str]) -> dict[str, Any]:
-        received_at = now if submission.received_at is None else _received_at(submission.received_at, now)
-        if received_at not in due:
-            due[received_at] = stamp(self.clock.due(moment(received_at)))
+    def _row(self, submission: Submission, now: str, at: datetime) -> dict[str, Any]:
+        received = submission.received_at or at
+        received_at = now if received is at else stamp(received)
+        if received > at + _DAY:
+            raise Misuse(
+                f"a request cannot have been received in the future, got {received.isoformat()}; mend the date"
+            )
         request_id = self.new_id()
         return {
             "id": request_id,
@@ -116,7 +121,7 @@ class Requests:
             "state": (State.RECEIVED if submission.identified else State.IDENTITY_UNVERIFIED).value,
             "regime": self.clock.regime.name,
             "received_at": received_at,
-            "due_at": due[received_at],
+            "due_at": self._due_today(at) if received is at else stamp(self.clock.due(received)),
             "extended": False,
             "paused_at": None if submission.identified else received_at,
             "paused_s": 0,
@@ -126,6 +131,13 @@ class Requests:
             "updated_at": now,
             "data": submission.body,
         }
+
+    def _due_today(self, at: datetime) -> str:
+        """When a request received now is due: worked out once a day, as a period runs from the day of receipt."""
+        key, due = (self.clock, at.astimezone(self.clock.zone).date()), self._due
+        if due is None or due[0] != key:
+            self._due = due = key, stamp(self.clock.due(at))
+        return due[1]
 
     def _known(self, keys: Iterable[str], connection: Connection) -> dict[str, dict[str, Any]]:
         wanted = sorted(set(keys))
@@ -150,12 +162,12 @@ class Requests:
             known |= {row["key_mac"]: row for row in new}
         if new:
             self._insert_rows(connection, _INSERT_BODY, new)
-            events = [("received", row["id"], {name: str(row[name]) for name in _SAID}) for row in new]
+            events = [("received", row["id"], {name: row[name] for name in _SAID}) for row in new]
             self.log.append(connection, events, now)
         return known
 
     def _insert_rows(self, connection: Connection, statement: str, rows: list[dict[str, Any]]) -> int:
-        text = statement if self.database.on_sqlite else _PLACE.sub(r"%(\1)s", statement)
+        text = _text(statement, self.database.on_sqlite)
         return connection.exec_driver_sql(text, rows[0] if len(rows) == 1 else rows).rowcount
 
     def get(self, request_id: str) -> Filed:
@@ -220,7 +232,7 @@ class Requests:
 
     def cancel(self, request_id: str) -> Filed:
         """Take a request back, which is possible until its run has begun."""
-        return self._move(request_id, State.CANCELLED, event="cancelled")
+        return self._move(request_id, State.CANCELLED, event="cancelled", why=None)
 
     def deny(self, request_id: str, reason: str) -> Filed:
         """Deny a request for a legal or identity reason; see `states.refuse_denial` for errors."""
@@ -253,9 +265,8 @@ class Requests:
         """Let a held, withheld or failed request go on, to an exact method if asked."""
         filed = self.get(request_id)
         exact = exact or filed.exact
-        return self._move(
-            request_id, State.PENDING, event="released", said={"exact": exact}, exact=exact, why=None, run=None
-        )
+        said = {"exact": exact, "run": None}
+        return self._move(request_id, State.PENDING, event="released", said=said, exact=exact, why=None, run=None)
 
     def _move(self, request_id: str, to: State, **how: Any) -> Filed:
         with self.database.write() as connection:
@@ -278,9 +289,7 @@ class Requests:
         if to is not None:
             states.refuse_step(row["id"], State(row["state"]), to)
             new["state"] = to.value
-        changed = connection.execute(
-            requests.update().where(requests.c.id == row["id"], requests.c.state == row["state"]).values(**new)
-        )
+        changed = connection.execute(_update(tuple(new)), {"its_id": row["id"], "its_state": row["state"], **new})
         if changed.rowcount != 1:
             raise NotNow(f"request {row['id']} was moved by somebody else meanwhile; look at it again")
         state = {} if to is None else {"state": to.value}
@@ -325,7 +334,20 @@ _INSERT = (
     "ON CONFLICT (key_mac) DO NOTHING"
 )
 _INSERT_BODY = "INSERT INTO body (request, data) VALUES (:id, :data)"
-_PLACE = re.compile(r":(\w+)")
+_DAY = timedelta(days=1)
+
+
+@cache
+def _text(statement: str, on_sqlite: bool) -> str:
+    """The statement with its parameters as the driver marks them: ``:name``, and ``%(name)s`` with psycopg."""
+    return statement if on_sqlite else re.sub(r":(\w+)", r"%(\1)s", statement)
+
+
+@cache
+def _update(names: tuple[str, ...]) -> sa.Update:
+    """Sets these columns of one request that is still in one state; made once, as a run takes many such steps."""
+    still = requests.c.id == sa.bindparam("its_id"), requests.c.state == sa.bindparam("its_state")
+    return requests.update().where(*still).values({name: sa.bindparam(name) for name in names})
 
 
 def _refuse_other_body(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -334,13 +356,6 @@ def _refuse_other_body(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> No
             "this idempotency key was used before for another request; use a new key for a new request, or file "
             "the same one again"
         )
-
-
-def _received_at(received: datetime, now: str) -> str:
-    text = stamp(received)
-    if received > moment(now) + timedelta(days=1):
-        raise Misuse(f"a request cannot have been received in the future, got {received.isoformat()}; mend the date")
-    return text
 
 
 def _row_of(connection: Connection, request_id: str) -> Mapping[str, Any]:
