@@ -112,15 +112,22 @@ def _checkpoints(connection: Connection, tree: Tree, keys: Keys, log: Log) -> It
             continue
         if (signed.size, signed.origin) != (row.size, log.origin):
             yield f"checkpoint {row.size}: it is signed for {signed.size} entries of {signed.origin}"
-        elif signed.size > len(tree) or tree.root(signed.size) != signed.root:
-            yield f"checkpoint {row.size}: the log does not hold what was signed"
+        else:
+            yield from _against(signed, tree, f"checkpoint {row.size}")
     try:
         outside = log.last_checkpoint()
     except Corrupt as error:
         yield f"checkpoint outside: {error}"
         return
-    if outside is not None and (outside.size > len(tree) or tree.root(outside.size) != outside.root):
-        yield f"checkpoint outside: the log does not hold the {outside.size} entries that were signed"
+    if outside is not None:
+        yield from _against(outside, tree, "checkpoint outside")
+
+
+def _against(signed: check.Checkpoint, tree: Tree, name: str) -> Iterator[str]:
+    if signed.size > len(tree):
+        yield f"{name}: {signed.size} entries were signed, and entry {len(tree)} and all after it are missing"
+    elif tree.root(signed.size) != signed.root:
+        yield f"{name}: the first {signed.size} entries are not those that were signed"
 
 
 _SLACK_S = 60  # the pause is reckoned before its event is stamped
@@ -235,7 +242,7 @@ def _certificates(connection: Connection, stories: _Stories, keys: Keys) -> Iter
         else:
             fault = _certificate(row, differences.get(row.run), keys)
             if fault is not None:
-                yield f"certificate {row.request}: {fault}"
+                yield f"certificate {row.request} of run {row.run}: {fault}"
     for name, story in sorted(stories.items()):
         if story.completed is not None and name not in found:
             yield f"certificate {name}: missing"
@@ -269,18 +276,23 @@ def _models(connection: Connection, anchored: Mapping[str, Mapping[str, Any]]) -
 
 def _records(connection: Connection, anchored: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     present: dict[str, list[bytes]] = {name: [] for name in anchored}
-    gone: dict[str, list[bytes]] = {}
+    gone: dict[tuple[str, str], list[bytes]] = {}
     for row in connection.execute(sa.select(record.c.model, record.c.commitment, record.c.run)):
-        of = present.setdefault(row.model, []) if row.run is None else gone.setdefault(row.run, [])
+        of = present.setdefault(row.model, []) if row.run is None else gone.setdefault((row.run, row.model), [])
         of.append(bytes(row.commitment))
     for name, members in sorted(present.items()):
         if name not in anchored or RecordSet(members).root().to_json() != anchored[name]["set"]:
             yield f"record: those that model {name} stands on are not those that the log anchors"
-    known = {row.id: row.difference for row in connection.execute(sa.select(run.c.id, run.c.difference))}
-    for name in sorted(set(gone) | {name for name, difference in known.items() if difference is not None}):
-        if name not in known:
-            yield f"record: some were removed by run {name}, which is not known"
-        elif known[name] is not None:
-            removed = [bytes.fromhex(text) for text in check.parse(bytes(known[name]))["removed"]]
-            if sorted(gone.get(name, [])) != sorted(removed):
-                yield f"record: those that run {name} removed are not those that its certificates name"
+    known = {(row.id, row.model): row.difference for row in connection.execute(sa.select(run))}
+    for name, of_model in sorted(set(gone) - set(known)):
+        yield f"record: some of model {of_model} were removed by run {name}, and it has no such run"
+    for (name, of_model), difference in sorted(known.items()):
+        if difference is None:
+            continue
+        try:
+            removed = {bytes.fromhex(text) for text in check.parse(bytes(difference))["removed"]}
+        except (KeyError, TypeError, ValueError):
+            yield f"run {name}: its difference cannot be read"
+            continue
+        if set(gone.get((name, of_model), ())) != removed:
+            yield f"record: those of model {of_model} that run {name} removed are not those of its difference"
