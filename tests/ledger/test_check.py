@@ -315,7 +315,7 @@ LIES = {
     "nobody with a hash": ("predicate/dataset/after/count", 0, "set difference"),
     "a set with a part too many": ("predicate/dataset/before/more", 1, "format"),
     "another count before": ("predicate/dataset/before/count", 13, "log"),
-    "another count after": ("predicate/dataset/after/count", 13, "set difference"),
+    "another count after": ("predicate/dataset/after/count", 13, "log"),
     "another count read": ("predicate/dataset/rowsRead/count", 13, "set difference"),
     "another number removed": ("predicate/removed/count", 3, "removed set"),
     "another root of the removed": ("predicate/removed/commitmentRoot", "0" * 64, "removed set"),
@@ -348,6 +348,14 @@ ENTRIES = {
     "an anchor of a set of true": ("of_anchor", "body/set/count", True, "format"),
     "an anchor after the entry": ("of_anchor", "index", 5, "log"),
     "an anchor beyond the log": ("of_anchor", "index", 9, "log"),
+    "a release of another kind": ("of_release", "kind", "registered", "log"),
+    "a release of a request": ("of_release", "request", "id-1", "log"),
+    "a release of another model": ("of_release", "body/model", "another", "log"),
+    "a release of other weights": ("of_release", "body/digest", "0" * 64, "log"),
+    "a release of another set": ("of_release", "body/set/count", 13, "log"),
+    "a release before the anchor": ("of_release", "index", 0, "log"),
+    "a release after the completion": ("of_release", "index", 5, "log"),
+    "no release": ("of_bundle", "release", None, "log"),
 }
 
 
@@ -365,8 +373,9 @@ def test_what_a_provider_writes_draws_no_lines_on_the_terminal() -> None:
 
 
 def test_what_only_this_certificate_leaves_open_is_said() -> None:
-    same = put("subject/0/digest/sha256", w.drawn("old").hex())
-    checked = check.check_bundle(w.by_hand(w.case(12, 3, 2), of_statement=same), TRUSTED)
+    old = w.drawn("old").hex()
+    same, served = put("subject/0/digest/sha256", old), put("body/digest", old)
+    checked = check.check_bundle(w.by_hand(w.case(12, 3, 2), of_statement=same, of_release=served), TRUSTED)
     said = "\n".join(checked.not_proved)
     assert checked.passed
     assert "the model is the same as before" in said
@@ -374,6 +383,14 @@ def test_what_only_this_certificate_leaves_open_is_said() -> None:
     honest = "\n".join(check.check_bundle(w.by_hand(w.case()), TRUSTED).not_proved)
     assert "the same as before" not in honest
     assert "under new commitments" not in honest
+
+
+def test_a_run_that_changed_nothing_needs_no_release_and_may_have_none() -> None:
+    old, nothing = w.drawn("old").hex(), w.Case(w.case().before, [], w.case().before, [])
+    same, none = put("subject/0/digest/sha256", old), put("release", None)
+    assert check.check_bundle(w.by_hand(nothing, [], of_statement=same, of_bundle=none), TRUSTED).passed
+    served = put("body/digest", old)
+    assert refused_by(w.by_hand(nothing, [], of_statement=same, of_release=served)) == "log"
 
 
 def test_nothing_is_said_of_a_statement_whose_signature_is_not_good() -> None:
@@ -446,6 +463,7 @@ def test_one_bit_flipped_in_what_any_value_stands_for_is_refused_by_name() -> No
         "difference": {"set difference", "encoding"},
         "entry": {"log"},
         "format": {"format"},
+        "release": {"log"},
         "removed": {"removed set"},
     }
 
@@ -454,7 +472,7 @@ def test_parts_of_two_good_bundles_of_one_ledger_do_not_go_together(built: w.Wor
     certificates, trusted = built.ledger.certificates, built.keys.trusted
     a, b, c = (json.loads(certificates.bundle(request)) for request in built.completed)
     shared = ("format", "checkpoint")
-    for first, second, same in ((a, b, (*shared, "anchor", "difference")), (a, c, shared), (b, c, shared)):
+    for first, second, same in ((a, b, (*shared, "anchor", "release", "difference")), (a, c, shared), (b, c, shared)):
         for part in first:
             mixed = check.canonical({**first, part: second[part]})
             back = check.canonical({**second, part: first[part]})

@@ -221,6 +221,7 @@ def by_hand(
     of_statement: Change | None = None,
     of_entry: Change | None = None,
     of_anchor: Change | None = None,
+    of_release: Change | None = None,
     of_bundle: Change | None = None,
 ) -> bytes:
     """A bundle that is right in all but what the changes make of it: everything is hashed and signed after them."""
@@ -233,20 +234,24 @@ def by_hand(
     payload = check.canonical(statement)
     body = {"certificate": hashlib.sha256(payload).hexdigest(), "run": "run-1", "state": "completed"}
     entry = {"index": 4, "kind": "completed", "request": "id-1", "at": "2026-01-02", "body": body}
+    body = {"model": MODEL, "version": 2, "digest": drawn("new").hex(), "set": case.after.root().to_json()}
+    release = {"index": 3, "kind": "switched", "request": "", "at": "2026-01-02", "body": body}
+    _change(release, of_release)
     _change(anchor, of_anchor)
     _change(entry, of_entry)
     tree = Tree(check.leaf_hash(f"another entry {i}".encode()) for i in range(6))
     leaves = [tree.leaf(i) for i in range(6)]
-    for one in (anchor, entry):
+    for one in (release, anchor, entry):
         if type(one["index"]) is int and 0 <= one["index"] < 6:
             leaves[one["index"]] = check.leaf_hash(check.canonical(one))
     tree = Tree(leaves)
-    place = {id(one): one["index"] if one["index"] in range(6) else 0 for one in (anchor, entry)}
+    place = {id(one): one["index"] if one["index"] in range(6) else 0 for one in (release, anchor, entry)}
     bundle = {
         "format": check.BUNDLE_FORMAT,
         "certificate": signer.sign_statement(payload),
         "entry": {"entry": entry, "inclusion": [one.hex() for one in tree.inclusion(place[id(entry)])]},
         "anchor": {"entry": anchor, "inclusion": [one.hex() for one in tree.inclusion(place[id(anchor)])]},
+        "release": {"entry": release, "inclusion": [one.hex() for one in tree.inclusion(place[id(release)])]},
         "checkpoint": signer.sign_checkpoint(check.Checkpoint("expunge/ledger", len(tree), tree.root())),
         "removed": {"commitments": [one.hex() for one in mine]},
         "difference": case.difference(),

@@ -15,6 +15,7 @@ from expunge.ledger.failpoints import failpoint
 from expunge.ledger.keys import Keys
 from expunge.ledger.log import Log
 from expunge.ledger.tables import certificate as certificates
+from expunge.ledger.tables import entry as entries
 from expunge.ledger.tables import run as runs
 
 
@@ -74,11 +75,13 @@ class Certificates:
             difference = bytes(connection.execute(query).scalar_one())
         statement = certificate.statement(self.keys)
         anchor = statement["predicate"]["dataset"]["anchor"]
+        release = self._release(statement, anchor, row.idx)
         made = {
             "format": check.BUNDLE_FORMAT,
             "certificate": check.parse(certificate.envelope),
             "entry": self._proved(row.idx, size),
             "anchor": self._proved(anchor, size),
+            "release": None if release is None else self._proved(release, size),
             "checkpoint": note,
             "removed": {"commitments": check.parse(bytes(row.removed))},
             "difference": check.parse(difference),
@@ -97,6 +100,18 @@ class Certificates:
             raise NotNow(f"the keys to the records of request {request} were destroyed, and nobody can open them")
         opened = {commitment.hex(): key.hex() for commitment, key in found.items()}
         return check.canonical({"format": check.KEYS_FORMAT, "keys": opened})
+
+    def _release(self, statement: dict[str, Any], after: int, before: int) -> int | None:
+        """Where the log says that the certified model was served; None if nothing was changed."""
+        subject = statement["subject"][0]
+        between = (entries.c.idx > after) & (entries.c.idx < before)
+        query = sa.select(entries).where(between, entries.c.kind == "switched").order_by(entries.c.idx.desc())
+        with self.database.read() as connection:
+            for row in connection.execute(query):
+                entry = self.log.read(row)
+                if (entry.body["model"], entry.body["digest"]) == (subject["name"], subject["digest"]["sha256"]):
+                    return entry.index
+        return None
 
     def _proved(self, index: int, size: int) -> dict[str, Any]:
         inclusion = [node.hex() for node in self.log.tree().inclusion(index, size)]

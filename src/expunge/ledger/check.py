@@ -473,7 +473,7 @@ def check_bundle(data: bytes, keys: Sequence[Ed25519PublicKey]) -> Checked:
     bundle: Any = None
     try:
         bundle = parse(data)
-        fields = ("format", "certificate", "entry", "anchor", "checkpoint", "removed", "difference")
+        fields = ("format", "certificate", "entry", "anchor", "release", "checkpoint", "removed", "difference")
         has_fields(bundle, fields, "the bundle")
         if bundle["format"] != BUNDLE_FORMAT:
             raise Refused("format", f"this checker reads {BUNDLE_FORMAT}, got {bundle['format']!r}")
@@ -555,8 +555,29 @@ def _check_log(
         raise Refused("log", "the model before is not the one that was anchored")
     if anchor["index"] >= entry["index"]:
         raise Refused("log", "the set before was anchored only after the request was completed")
+    released = _check_release(bundle["release"], statement, checkpoint, anchor["index"], entry["index"])
     where = f"entry {entry['index']} of {checkpoint.size} in the log {checkpoint.origin}"
-    return Outcome("log", True, f"{where}; the set before stands there as entry {anchor['index']}")
+    return Outcome("log", True, f"{where}; the set before stands there as entry {anchor['index']}{released}")
+
+
+def _check_release(part: object, statement: dict[str, Any], checkpoint: Checkpoint, after: int, before: int) -> str:
+    """That the log says, between these entries, that the model was served and what it stands on; where, in words."""
+    subject, predicate = statement["subject"][0], statement["predicate"]
+    dataset, digest = predicate["dataset"], subject["digest"]["sha256"]
+    unchanged = digest == predicate["modelBefore"]["digest"]["sha256"] and _set(dataset["before"]) == _set(
+        dataset["after"]
+    )
+    if part is None and unchanged:
+        return ", and nothing was changed"
+    if part is None or unchanged:
+        raise Refused("log", "the release of the model is missing, or is of a model that was not changed")
+    entry = _proved(part, checkpoint)
+    body = has_fields(entry["body"], ("model", "version", "digest", "set"), "the body of the release")
+    if entry["kind"] != "switched" or entry["request"] or not after < entry["index"] < before:
+        raise Refused("log", "the log does not say that the model was served before the request was completed")
+    if (body["model"], body["digest"], _set(body["set"])) != (subject["name"], digest, _set(dataset["after"])):
+        raise Refused("log", "the model that was served, or what it stands on, is not what is certified")
+    return f", the model's release as entry {entry['index']}"
 
 
 def _proved(part: object, checkpoint: Checkpoint) -> dict[str, Any]:
