@@ -117,9 +117,15 @@ class Database:
         """
         from expunge.ledger import upgrades
 
-        with self._explained(), self.engine.begin() as connection:
-            self.lock_appends(connection)
-            upgrades.run(connection)
+        done = False
+        try:
+            with self._explained(), self.engine.begin() as connection:
+                self.lock_appends(connection)
+                upgrades.run(connection)
+            done = True
+        finally:
+            if not done:  # nobody is given what could not be opened, and so nobody would close it
+                self.close()
 
     def forget_pages(self) -> None:
         """Take deleted content out of what the database itself keeps: SQLite's write-ahead log, PostgreSQL's tables.

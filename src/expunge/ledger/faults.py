@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 from expunge.core.digest import sha256_hex
 from expunge.core.errors import Corrupt
 from expunge.ledger import check
-from expunge.ledger.database import Database, moment
+from expunge.ledger.database import Database
 from expunge.ledger.keys import Keys
 from expunge.ledger.log import Log, fault_of
 from expunge.ledger.recordset import RecordSet
@@ -130,7 +130,6 @@ def _against(signed: check.Checkpoint, tree: Tree, name: str) -> Iterator[str]:
         yield f"{name}: the first {signed.size} entries are not those that were signed"
 
 
-_SLACK_S = 60  # the pause is reckoned before its event is stamped
 _COMMITTED = ("key_mac", "body_mac", "model", "kind", "regime", "received_at", "due_at", "state")
 
 
@@ -153,9 +152,6 @@ def _columns(story: _Story, row: Mapping[str, Any]) -> dict[str, Any]:
     """What the columns of a request must hold."""
     said = story.said
     unsure = story.first_state == "identity_unverified"
-    paused = 0
-    if unsure and "identified" in story.at:
-        paused = max(0, round((moment(story.at["identified"]) - moment(said["received_at"])).total_seconds()))
     wanted: dict[str, Any] = {name: said.get(name) for name in _COMMITTED}
     wanted |= {
         "seq": story.rank + 1,
@@ -163,7 +159,7 @@ def _columns(story: _Story, row: Mapping[str, Any]) -> dict[str, Any]:
         "exact": said.get("exact", False),
         "run": said.get("run"),
         "paused_at": said["received_at"] if unsure and "identified" not in story.at else None,
-        "paused_s": row["paused_s"] if 0 <= paused - row["paused_s"] <= _SLACK_S and paused else paused,
+        "paused_s": said.get("paused_s", 0),
         "updated_at": story.updated_at,
         "why": said.get("reason") if "denied" in story.at else row["why"],
     }

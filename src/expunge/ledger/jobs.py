@@ -127,6 +127,10 @@ class Runs:
             requests=tuple(row["id"] for row in rows),
         )
 
+    def active(self, connection: Connection, model: str) -> bool:
+        """Whether the model has a run that did not end; within a transaction that writes none can begin meanwhile."""
+        return _active(connection, model) is not None
+
     def renew(self, run: Run, lease_s: float = 60.0) -> None:
         """Hold the run for longer; Overtaken if it was lost."""
         with self.database.write() as connection:

@@ -71,7 +71,11 @@ class Keys:
         if not isinstance(signing, Ed25519PrivateKey) or len(pepper) != 32:
             raise UnreadableFile(f"{folder} must hold an Ed25519 key and 32 bytes for pseudonyms; restore it")
         retired = tuple(check.read_public_key(path) for path in sorted(folder.glob("retired-*.pub")))
-        return cls(signing, pepper, retired)
+        keys = cls(signing, pepper, retired)
+        public = folder / _PUBLIC
+        if not public.exists() or public.read_bytes() != keys.public_pem():  # a rotation did not get to its end
+            write_atomically(public, keys.public_pem())
+        return keys
 
     def save(self, folder: str | Path) -> None:
         """Write the keys into a folder of mode 0700, files of mode 0600, and the public key beside them.
@@ -90,9 +94,9 @@ class Keys:
     def _save_signing(self, folder: Path) -> None:
         for number, key in enumerate(self.retired):
             write_atomically(folder / f"retired-{number:03d}.pub", _pem(key))
-        write_atomically(folder / _PUBLIC, self.public_pem())
         private = self.signing.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         _write_secret(folder / _SIGNING, private)
+        write_atomically(folder / _PUBLIC, self.public_pem())
 
     def rotate(self, folder: str | Path) -> Keys:
         """A new signing key, saved in the stead of the old one, which stays trusted for what it signed."""

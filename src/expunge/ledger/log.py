@@ -201,7 +201,8 @@ class Log:
             new: size of a later one; the last if None.
         """
         with self.database.read() as connection:
-            notes = dict(connection.execute(sa.select(checkpoints.c.size, checkpoints.c.note)).tuples().all())
+            signed = connection.execute(sa.select(checkpoints.c.size, checkpoints.c.note))
+            notes: dict[int, str] = {row.size: row.note for row in signed}
         new = max(notes, default=0) if new is None else new
         for size in (old, new):
             if size not in notes:

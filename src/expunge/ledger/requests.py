@@ -13,7 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from expunge.core.errors import Misuse, NotNow, OtherBody, UnknownRecord
+from expunge.core.errors import Corrupt, Misuse, NotNow, OtherBody, UnknownRecord
 from expunge.ledger import states
 from expunge.ledger.clock import Clock
 from expunge.ledger.database import Database, moment, stamp
@@ -192,12 +192,15 @@ class Requests:
             return [_filed(dict(row)) for row in connection.execute(query).mappings()]
 
     def body(self, request_id: str) -> bytes:
-        """What was asked; UnknownRecord once it has been erased."""
+        """What was asked; UnknownRecord once it has been erased, Corrupt if it is not what was filed."""
+        query = sa.select(bodies.c.data, requests.c.body_mac).join(requests, requests.c.id == bodies.c.request)
         with self.database.read() as connection:
-            data = connection.execute(sa.select(bodies.c.data).where(bodies.c.request == request_id)).scalar()
-        if data is None:
+            row = connection.execute(query.where(bodies.c.request == request_id)).first()
+        if row is None:
             raise UnknownRecord(f"the body of request {request_id} was erased when it was done, or never was here")
-        return bytes(data)
+        if self.keys.mac(bytes(row.data)) != row.body_mac:
+            raise Corrupt(f"the body of request {request_id} is not the one that was filed; restore the database")
+        return bytes(row.data)
 
     def verify_identity(self, request_id: str) -> Filed:
         """Who asked is who they say: the legal clock runs again."""
@@ -209,7 +212,14 @@ class Requests:
             paused = row["paused_s"] + max(0, round((moment(now) - moment(row["paused_at"])).total_seconds()))
             due = self.clock.due(moment(row["received_at"]), extended=row["extended"], paused=timedelta(seconds=paused))
             new = {"paused_at": None, "paused_s": paused, "due_at": stamp(due)}
-            return self.step(connection, row, State.RECEIVED, event="identified", said={"due_at": stamp(due)}, **new)
+            return self.step(
+                connection,
+                row,
+                State.RECEIVED,
+                event="identified",
+                said={"due_at": stamp(due), "paused_s": paused},
+                **new,
+            )
 
     def extend(self, request_id: str, why: str) -> Filed:
         """Extend the legal period, once; who asked is told, with the reason.
