@@ -8,7 +8,9 @@ import sqlalchemy as sa
 
 from expunge.core.errors import NotNow, Overtaken
 from expunge.ledger import check, jobs
+from expunge.ledger.database import Database
 from expunge.ledger.models import Served
+from expunge.ledger.requests import Requests
 from expunge.ledger.states import State
 from expunge.ledger.tables import run as runs
 from tests.ledger import kit
@@ -184,9 +186,9 @@ def test_a_completion_that_breaks_leaves_everything_as_it_was(ledger, monkeypatc
     with pytest.raises(KeyError):
         ledger.runs.complete(run, {ids[0]: kit.statements(run)[ids[0]]}, difference)
     assert kit.tables(ledger) == before
-    for broken in ("_complete_one", "hold"):
+    for room, broken in ((jobs.Runs, "hold"), (Requests, "step"), (Database, "insert")):
         with monkeypatch.context() as patch:
-            patch.setattr(jobs.Runs, broken, _breaks_after(getattr(jobs.Runs, broken)))
+            patch.setattr(room, broken, _breaks_after(getattr(room, broken)))
             with pytest.raises(Broken):
                 ledger.runs.complete(run, kit.statements(run), difference)
         assert kit.tables(ledger) == before

@@ -634,13 +634,13 @@ def recording(function, calls):
 
 
 def test_a_certificate_signed_within_the_transaction_is_seen(tmp_path, monkeypatch):
-    complete_one = jobs.Runs._complete_one
+    fixed = jobs._certificate
 
-    def complete_and_sign(self, connection, row, said, statement, run):
-        complete_one(self, connection, row, said, statement, run)
-        self.log.keys.sign_statement(statement.payload)
+    def fixed_and_signed(request, index, statement, run):
+        kit.KEYS.sign_statement(statement.payload)
+        return fixed(request, index, statement, run)
 
-    monkeypatch.setattr(jobs.Runs, "_complete_one", complete_and_sign)
+    monkeypatch.setattr(jobs, "_certificate", fixed_and_signed)
     with pytest.raises(AssertionError):
         what_is_signed_is_kept(f"sqlite:///{tmp_path}/ledger.db", tmp_path)
 

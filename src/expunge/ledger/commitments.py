@@ -11,11 +11,12 @@ from sqlalchemy.engine import Connection
 from expunge.core.errors import UnknownRecord
 from expunge.core.records import Records
 from expunge.ledger import check
-from expunge.ledger.database import Database
+from expunge.ledger.database import Database, inserting
 from expunge.ledger.keys import Keys, record_keys
 from expunge.ledger.recordset import RecordSet
 from expunge.ledger.tables import record as records_table
 
+_INSERT = inserting(records_table)
 _GONE = records_table.c.run.is_not(None)
 
 
@@ -36,7 +37,7 @@ class Commitments:
             name = self.keys.pseudonym(record_id)
             made.append({"model": model, "name": name, "commitment": commitment, "key": key, "run": None})
         if made:
-            connection.execute(records_table.insert(), made)
+            self.database.insert(connection, _INSERT, made)
         return RecordSet(row["commitment"] for row in made)
 
     def present(self, connection: Connection, model: str) -> RecordSet:

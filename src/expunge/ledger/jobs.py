@@ -14,7 +14,7 @@ from sqlalchemy.engine import Connection
 from expunge.core.digest import sha256_hex
 from expunge.core.errors import Overtaken
 from expunge.ledger.check import canonical
-from expunge.ledger.database import Database
+from expunge.ledger.database import Database, inserting
 from expunge.ledger.log import SIZE, Log
 from expunge.ledger.requests import Requests
 from expunge.ledger.states import State
@@ -203,27 +203,16 @@ class Runs:
         with self.database.write() as connection:
             self.hold(connection, run, state="done", step="completed", difference=difference)
             self.database.lock_appends(connection)
-            for row in _requests_of(connection, run.id):
+            size = connection.execute(SIZE).scalar_one()
+            made = []
+            for place, row in enumerate(_requests_of(connection, run.id)):
                 statement = statements[row["id"]]
                 said = {"certificate": sha256_hex(statement.payload), "run": run.id}
-                self._complete_one(connection, row, said, statement, run.id)
+                self.filed.step(connection, row, State.COMPLETED, event="completed", said=said, why=None)
+                made.append(_certificate(row["id"], size + place, statement, run.id))  # each step is one entry
+            self.database.insert(connection, _INSERT_CERTIFICATE, made)
             mine = sa.select(requests.c.id).where(requests.c.run == run.id)
             connection.execute(bodies.delete().where(bodies.c.request.in_(mine)))
-
-    def _complete_one(
-        self, connection: Connection, row: Mapping[str, Any], said: Mapping[str, str], statement: Statement, run: str
-    ) -> None:
-        size = connection.execute(SIZE).scalar_one()
-        self.filed.step(connection, row, State.COMPLETED, event="completed", said=said, why=None)
-        connection.execute(
-            certificates.insert().values(
-                request=row["id"],
-                idx=size,
-                payload=statement.payload,
-                removed=canonical([member.hex() for member in sorted(statement.removed)]),
-                run=run,
-            )
-        )
 
     def hold(self, connection: Connection, run: Run, **values: Any) -> None:
         """Within a transaction: go on only if this worker still holds the run; Overtaken, and undone, if not."""
@@ -234,6 +223,15 @@ class Runs:
         )
         if changed.rowcount != 1:
             raise Overtaken(f"run {run.id} was taken over by another worker; this one changed nothing and stops")
+
+
+_INSERT_CERTIFICATE = inserting(certificates)
+
+
+def _certificate(request: str, index: int, statement: Statement, run: str) -> dict[str, Any]:
+    removed = canonical([member.hex() for member in sorted(statement.removed)])
+    about = {"request": request, "idx": index, "run": run}
+    return {**about, "payload": statement.payload, "removed": removed, "envelope": None}
 
 
 def _active(connection: Connection, model: str) -> Any:

@@ -16,7 +16,7 @@ from sqlalchemy.engine import Connection
 from expunge.core.errors import Corrupt, Misuse, UnknownRecord, Unwritable
 from expunge.core.store import write_atomically
 from expunge.ledger import check
-from expunge.ledger.database import Database
+from expunge.ledger.database import Database, inserting
 from expunge.ledger.keys import Keys
 from expunge.ledger.tables import checkpoint as checkpoints
 from expunge.ledger.tables import entry as entries
@@ -76,7 +76,7 @@ class Log:
             for entry in made
         ]
         if rows:
-            connection.execute(_INSERT, rows)
+            self.database.insert(connection, _INSERT, rows)
         return made
 
     def __len__(self) -> int:
@@ -86,7 +86,7 @@ class Log:
     def entry(self, index: int) -> Entry:
         """The entry at this place; UnknownRecord if there is none, Corrupt if it is not what was written."""
         with self.database.read() as connection:
-            row = connection.execute(sa.select(entries).where(entries.c.idx == index)).first()
+            row = connection.execute(_ONE, {"index": index}).first()
         if row is None:
             raise UnknownRecord(f"the log has no entry {index}; it has {len(self)}")
         return self.read(row)
@@ -108,8 +108,7 @@ class Log:
     def tree(self) -> Tree:
         """The tree over all entries committed so far. It grows: give sizes, as other threads may have it grow."""
         with self._growing, self.database.read() as connection:
-            query = sa.select(entries.c.idx, entries.c.leaf).where(entries.c.idx >= len(self._tree))
-            for row in connection.execute(query.order_by(entries.c.idx)):
+            for row in connection.execute(_SINCE, {"start": len(self._tree)}):
                 if row.idx != len(self._tree):
                     raise Corrupt(f"entry {len(self._tree)} is missing from the log; restore it from a backup")
                 self._tree.append(bytes(row.leaf))
@@ -213,7 +212,9 @@ class Log:
 
 
 SIZE = sa.select(sa.func.coalesce(sa.func.max(entries.c.idx), -1) + 1)
-_INSERT = entries.insert()
+_INSERT = inserting(entries)
+_ONE = sa.select(entries).where(entries.c.idx == sa.bindparam("index"))
+_SINCE = sa.select(entries.c.idx, entries.c.leaf).where(entries.c.idx >= sa.bindparam("start")).order_by(entries.c.idx)
 
 
 def _entry(row: Any) -> Entry:
