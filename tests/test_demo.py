@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import expunge.demo.journey
 import expunge.demo.story
 from expunge import cli, datasets
 from expunge.core.errors import Misuse
@@ -179,7 +180,7 @@ def test_the_command_line_tells_the_story(monkeypatch, capsys, tmp_path):
         assert re.search(rf"^ \d  {chapter} +{why}", said.out, re.MULTILINE)
     assert "What this does not show:" in said.out
     assert f"{tmp_path}/report.html" in said.out
-    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"certificates", "report.html", "report.json", "workspace"}
 
 
 def test_the_command_line_tells_it_as_json(monkeypatch, capsys, tmp_path):
@@ -244,3 +245,53 @@ def test_the_story_of_mnist():
     assert forgotten["single"][0]["rows"][1]["forget"]["value"] == 0
     assert forgotten["shards"][0]["rows"][-1]["forget"]["value"] == 0
     assert 0 < data["unlearn"]["one_owner"]["share_of_row_gradients"] < 1
+
+
+def honoured(tmp_path, *chapters):
+    settings = Settings(owners=30, askers=2, epochs=1, shards=4, folder=tmp_path)
+    return tell(settings, chapters=chapters)
+
+
+def test_the_owners_requests_go_through_the_ledger_and_their_certificates_are_checked_by_a_copied_checker(tmp_path):
+    report = honoured(tmp_path, "certificate", "sweep")
+    told = {chapter.name: chapter for chapter in report.chapters}
+    data = told["certificate"].data
+    assert report.sound
+    assert (data["offline_ok"], data["forged_refused"], data["faults"]) == ([True, True], True, [])
+    assert data["claim"] == "exact"
+    assert data["removed"] > 0
+    assert told["sweep"].data["sound"]
+    bundles = [tmp_path / "certificates" / f"{request}.json" for request in data["requests"]]
+    assert all(path.is_file() for path in bundles)
+    again = honoured(tmp_path, "certificate")
+    assert again.sound
+    assert not any(path.exists() for path in bundles)
+
+
+def test_a_folder_that_is_no_workspace_is_left_alone(tmp_path):
+    (tmp_path / "workspace").mkdir()
+    (tmp_path / "workspace" / "thesis.txt").write_text("years of work")
+    with pytest.raises(Misuse, match="is no workspace"):
+        honoured(tmp_path, "certificate")
+    assert (tmp_path / "workspace" / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_checker_that_always_says_the_same_does_not_pass_for_one(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(expunge.demo.journey, "_offline", lambda *_: ("ok   signature: fine", code))
+    report = honoured(tmp_path, "certificate")
+    assert not report.sound
+    assert "NOT OK" in report.chapters[0].headline
+
+
+def test_a_leftover_in_the_folder_is_told(tmp_path, monkeypatch):
+    honest = expunge.demo.journey.swept
+
+    def planted(story):
+        (story.folder / "note.txt").write_text(f"called {story.askers[0]} back")
+        return honest(story)
+
+    monkeypatch.setattr(expunge.demo.journey, "swept", planted)
+    report = honoured(tmp_path, "sweep")
+    assert not report.sound
+    assert "leftovers" in report.chapters[0].headline

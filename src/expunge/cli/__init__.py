@@ -10,14 +10,21 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, NoReturn, cast
+from functools import cache
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 
 from expunge._version import __version__
+from expunge.cli.handover import certificate
+from expunge.cli.ledger import log, verify_bundle
 from expunge.cli.lists import methods, records
 from expunge.cli.models import evaluate, forget, train
+from expunge.cli.requests import cancel, deny, extend, identify, release, request
+from expunge.cli.standing import export, status
 from expunge.cli.story import demo
+from expunge.cli.sweeping import sweep
+from expunge.cli.workspace import init, register_model, run
 from expunge.core.errors import ExpungeError
 
 app = typer.Typer(
@@ -27,18 +34,29 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _command in (demo, train, forget, evaluate, records, methods):
+_ON_MODELS = (demo, train, forget, evaluate, records, methods)
+_IN_A_WORKSPACE = (
+    *(init, register_model, request, status, run, release, deny, cancel, extend, identify),
+    *(certificate, verify_bundle, log, sweep, export),
+)
+for _command in (*_ON_MODELS, *_IN_A_WORKSPACE):
     app.command()(_command)
 
 # Some versions of typer bring a click of their own, others use the package: its public name leads to the right one.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 
 
+@cache
+def parser() -> Any:
+    """The command with all its subcommands; made once in a process, for that takes a while."""
+    return typer.main.get_command(app)
+
+
 def main() -> None:
     """Run the command line; every expected error ends in one line on standard error and its exit code."""
     try:
         with _warnings_of_one_line():
-            command = typer.main.get_command(app)
+            command = parser()
             # Not `app()`, which turns an interrupt into an exit code of its own.
             with command.make_context("expunge", sys.argv[1:]) as context:
                 code = command.invoke(context)

@@ -17,6 +17,11 @@ LabelColumn = Annotated[str | None, typer.Option("--label-column", help="Tables:
 Classes = Annotated[str | None, typer.Option(help="Labels in order, as no,yes, or their number.")]
 Columns = Annotated[Path | None, typer.Option(help="Tables: JSON with any of columns, scale, categories, regression.")]
 Owners = Annotated[int | None, typer.Option(help="Image and text sets: number of artificial owners.")]
+Models = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Models; all if none is named.")]
+Folder = Annotated[
+    Path | None,
+    typer.Option("--workspace", help="The workspace; default: the nearest folder upward with expunge.toml."),
+]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Run code that the recipe names (package.module:callable).")
 ]

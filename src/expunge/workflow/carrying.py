@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Generator
 
 from expunge.core.claim import Claim, Exactness, Guarantee
-from expunge.core.errors import Unsupported
+from expunge.core.errors import Corrupt, Unsupported
 from expunge.core.events import Event, Retrained
 from expunge.core.protocols import Method
 from expunge.core.records import Records
@@ -61,6 +61,7 @@ def carry_out(
 
     Raises:
         UnknownRecord, NeverTrained, EmptyRetain, Unsupported: as the method does, before any work.
+        Corrupt: if the model that the method hands back does not book the records as gone.
     """
     mine: dict[str, frozenset[str]] = {}
     already: dict[str, int] = {}
@@ -79,8 +80,11 @@ def carry_out(
         answer = method(trained, records, together, rng=rng, tally=witness)
     else:
         answer = method(trained, records, together, rng=rng)
+    _refuse_other_books(trained, answer.trained, frozenset(taken))
+    if witness is not None:
+        witness.due = trained.ids - taken
     return Carried(
-        trained=answer.trained,
+        trained=answer.trained if answer.claim is Claim.EXACT else _without_log(answer.trained),
         mine=mine,
         already=already,
         claim=answer.claim,
@@ -99,6 +103,18 @@ def refuse_replacement(request: Request) -> None:
             "a workspace keeps no rows, so it cannot keep replacements; mend your data and register a model trained on "
             "it, or call a method with Request.replace_rows yourself"
         )
+
+
+def _refuse_other_books(before: Trained, after: Trained, taken: frozenset[str]) -> None:
+    if after.ids & taken or not taken | before.gone <= after.gone:
+        raise Corrupt("the method's model still names records that were to be removed, or not all as gone; mend it")
+    if after.ids - before.ids:
+        raise Corrupt("the method's model stands on records that the model before did not stand on; mend the method")
+
+
+def _without_log(trained: Trained) -> Trained:
+    """What a method that is not exact notes of its steps may be secret, and is of no use to later requests."""
+    return replace(trained, log=None, parts=tuple(map(_without_log, trained.parts)))
 
 
 def _unchanged(trained: Trained, mine: Mapping[str, frozenset[str]], already: Mapping[str, int]) -> Carried:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -75,13 +76,15 @@ class Policy:
 
     def __post_init__(self) -> None:
         if self.on_flag not in ("hold", "exact"):
-            raise Misuse(f'on_flag must be "hold" or "exact", got "{self.on_flag}"; a flagged request is never dropped')
+            raise Misuse(f'on_flag must be "hold" or "exact", got {self.on_flag!r}; a flagged request is never dropped')
         for name in ("count", "most"):
-            if getattr(self, name) < 1:
-                raise Misuse(f"{name} must be >= 1, got {getattr(self, name)}")
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise Misuse(f"{name} must be >= 1 and a whole number, got {getattr(self, name)!r}")
         for name in ("wait_hours", "identity_days", "keys_days"):
-            if getattr(self, name) < 0:
-                raise Misuse(f"{name} must be >= 0, got {getattr(self, name)}")
+            if type(getattr(self, name)) not in (int, float) or not 0 <= getattr(self, name) < math.inf:
+                raise Misuse(f"{name} must be >= 0 and a number, got {getattr(self, name)!r}")
+        if type(self.lease_s) not in (int, float) or not 0 < self.lease_s < math.inf:
+            raise Misuse(f"lease_s must be > 0 and a number, got {self.lease_s!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,28 +116,51 @@ class Config:
             raise Misuse(f"{path.parent} is no workspace; make one with: expunge init {path.parent}") from None
         except (OSError, ValueError) as error:
             raise UnreadableFile(f"{path} cannot be read ({error}); mend it") from None
-        known = {"ledger", "clock", "batch", "policy", "models"}
-        if set(data) - known:
-            raise Misuse(f"{path} has an unknown part [{min(set(data) - known)}]; it has {', '.join(sorted(known))}")
-        try:
-            return cls(
-                url=str(data["ledger"]["url"]),
-                origin=str(data["ledger"]["origin"]),
-                anchor=str(data["ledger"].get("anchor", "last-checkpoint")),
-                clock=_clock(data.get("clock", {})),
-                policy=Policy(**data.get("batch", {}), **data.get("policy", {})),
-                models=data.get("models", {}),
-            )
-        except KeyError as missing:
-            raise Misuse(f"{path} lacks {missing} under [ledger]; see the file that expunge init writes") from None
-        except TypeError as error:
-            raise Misuse(f"{path} has a setting that is not known or of another kind ({error})") from None
+        _refuse_unknown(path, data)
+        ledger = {"anchor": "last-checkpoint", **data.get("ledger", {})}
+        for name in sorted(_KNOWN["ledger"]):
+            if name not in ledger:
+                raise Misuse(f"{path} lacks '{name}' under [ledger]; see the file that expunge init writes")
+            if not isinstance(ledger[name], str) or not ledger[name]:
+                raise Misuse(f"{name} under [ledger] must be text, got {ledger[name]!r}; mend {path}")
+        return cls(
+            **ledger,
+            clock=_clock(data.get("clock", {})),
+            policy=Policy(**data.get("batch", {}), **data.get("policy", {})),
+            models=data.get("models", {}),
+        )
+
+
+_KNOWN: Mapping[str, frozenset[str]] = {
+    "ledger": frozenset({"url", "origin", "anchor"}),
+    "clock": frozenset({"regime", "zone", "holidays"}),
+    "batch": frozenset({"count", "wait_hours", "most"}),
+    "policy": frozenset({"on_flag", "identity_days", "keys_days", "lease_s"}),
+}
+"""The parts of the file, and the settings in each; the models' parts are the command line's."""
+
+
+def _refuse_unknown(path: Path, data: Mapping[str, Any]) -> None:
+    parts = [*_KNOWN, "models"]
+    for part, settings in data.items():
+        if part not in parts:
+            raise Misuse(f"{path} has an unknown part [{part}]; it has {', '.join(sorted(parts))}")
+        if not isinstance(settings, dict):
+            raise Misuse(f"{part} must be a part, [{part}], with settings of its own, got {settings!r}; mend {path}")
+        for name, value in settings.items():
+            if part == "models" and not isinstance(value, dict):
+                raise Misuse(f"{name} under [models] must be a part, [models.{name}], got {value!r}; mend {path}")
+            if part != "models" and name not in _KNOWN[part]:
+                known = ", ".join(sorted(_KNOWN[part]))
+                raise Misuse(f"{path} has an unknown setting {name} under [{part}]; settings there are {known}")
 
 
 def _clock(data: Mapping[str, Any]) -> Clock:
-    regime = data.get("regime", "gdpr")
-    if regime not in REGIMES:
-        raise Misuse(f'regime must be one of {", ".join(REGIMES)}, got "{regime}"')
-    holidays = [day.isoformat() if isinstance(day, date) else day for day in data.get("holidays", [])]
+    regime, holidays = data.get("regime", "gdpr"), data.get("holidays", [])
+    if not isinstance(regime, str) or regime not in REGIMES:
+        raise Misuse(f"regime must be one of {', '.join(REGIMES)}, got {regime!r}")
+    if not isinstance(holidays, list):
+        raise Misuse(f"holidays must be a list of dates, got {holidays!r}; write [2026-12-25]")
+    days = [day.isoformat() if isinstance(day, date) else day for day in holidays]
     base = Clock(regime=REGIMES[regime]).to_json()
-    return Clock.from_json({**base, "zone": data.get("zone", "UTC"), "holidays": holidays})
+    return Clock.from_json({**base, "zone": data.get("zone", "UTC"), "holidays": days})

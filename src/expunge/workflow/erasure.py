@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,8 @@ class Leftovers(ExpungeError):
 def retire(workspace: Workspace, name: str, serving: str, removed: Collection[str]) -> list[dict[str, Any]]:
     """Delete every version of a model but the served one, and every artefact that derives from removed records.
 
+    Call it within a transaction that holds the model's run: else another worker may serve what this one deletes.
+
     Args:
         workspace: where.
         name: the model.
@@ -31,39 +38,91 @@ def retire(workspace: Workspace, name: str, serving: str, removed: Collection[st
     Returns:
         What was retired, by name; the same again after a crash, as far as it is still there.
     """
-    retired = []
-    home = workspace.root / "models" / name
-    for folder in sorted(home.iterdir()):
-        if folder != workspace.root / serving:
-            shutil.rmtree(folder)
-            retired.append({"what": "model version", "name": f"{name}/{folder.name}"})
+    retired = due(workspace, name, serving, removed)
+    for folder in _others(workspace, name, serving):
+        shutil.rmtree(folder)
     derived = [artefact.digest for artefact in workspace.store.derived_from(removed)]
     if derived:
         workspace.store.delete(*derived)
-        retired.append({"what": "artefacts", "name": f"{len(derived)} that derived from removed records"})
-    for leftover in _torn(workspace.root):
-        leftover.unlink(missing_ok=True)
+    with _no_checkpoint(workspace):
+        for leftover in _torn(workspace.root):
+            leftover.unlink(missing_ok=True)
     return retired
 
 
-def _torn(root: Path) -> Iterable[Path]:
-    """Temporary files of writers that were killed. Writers that live hold the run's lease, so there are none."""
+def due(workspace: Workspace, name: str, serving: str, removed: Collection[str]) -> list[dict[str, Any]]:
+    """What `retire` would delete, by name."""
+    found = [{"what": "model version", "name": f"{name}/{path.name}"} for path in _others(workspace, name, serving)]
+    many = len(workspace.store.derived_from(removed))
+    if many:
+        found.append({"what": "artefacts", "name": f"{many} that derived from removed records"})
+    return found
+
+
+def litter(workspace: Workspace, name: str, serving: str) -> bool:
+    """Whether there is a version that is not served, or a file that was never finished. Cost: lists the workspace."""
+    return bool(_others(workspace, name, serving)) or bool(_torn(workspace.root))
+
+
+def _others(workspace: Workspace, name: str, serving: str) -> list[Path]:
+    home = workspace.root / "models" / name
+    return [path for path in sorted(home.iterdir()) if path.is_dir() and path != workspace.root / serving]
+
+
+def _torn(root: Path) -> list[Path]:
+    """Temporary files. Who writes models holds a run, who writes checkpoints their lock: so their writers are dead."""
     return [path for path in root.rglob(".*.part") if path.is_file()]
 
 
-def look(workspace: Workspace, forget: Records, records: Records) -> Sweep:
+@contextmanager
+def _no_checkpoint(workspace: Workspace) -> Iterator[None]:
+    """Within: nobody writes the checkpoint, so that its unfinished files are of writers that were killed."""
+    anchor = workspace.root / workspace.config.anchor
+    with anchor.with_name(anchor.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+Asked = Callable[[], frozenset[str]]
+
+
+def look(workspace: Workspace, forget: Records, records: Records, asked: Asked = frozenset) -> Sweep:
     """Search the whole workspace for the removed records.
 
     Args:
         workspace: where.
         forget: the removed records.
         records: the data set, removed records included: rows that others hold alike are theirs, and stay.
+        asked: gives ids and owners that stand in requests which wait: in the ledger's own files no leftovers.
     """
     gone = set(forget.ids)
     stays = records.where(lambda record_id, _: record_id not in gone)
-    names = {record_id: workspace.keys.pseudonym(record_id) for record_id in forget.ids}
-    workspace.ledger.database.forget_pages()
-    return sweep(workspace.root, Needles.of(forget, beside=stays, names=names))
+    names = {name: workspace.keys.pseudonym(name) for name in (*forget.ids, *forget.owners)}
+    needles = Needles.of(forget, beside=stays, names=names)
+    waiting = asked()
+    for _ in range(_TRIES):
+        workspace.ledger.database.forget_pages()
+        found = sweep(workspace.root, needles)
+        if not any(why.endswith(_VANISHED) for _, why in found.not_searched):
+            break
+    waiting |= asked()  # filed meanwhile
+    waits, ours = {names[name] for name in waiting if name in names}, _files_of_ledger(workspace)
+    left = [one for one in found.leftovers if one.record not in waits or one.path not in ours]
+    return replace(found, leftovers=tuple(left))
+
+
+def _files_of_ledger(workspace: Workspace) -> set[str]:
+    """Relative to the workspace; none on PostgreSQL."""
+    database = workspace.ledger.database
+    if not database.on_sqlite:
+        return set()
+    path = os.path.relpath(str(database.url.database), workspace.root.resolve())
+    return {path.replace(os.sep, "/") + end for end in ("", "-wal", "-shm", "-journal")}
+
+
+_TRIES = 5
+_VANISHED = os.strerror(errno.ENOENT)
+"""Of another worker's temporary file, which was renamed before it could be opened: then the search begins again."""
 
 
 def refuse_leftovers(found: Sweep) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,9 +28,11 @@ from expunge.core.errors import (
     NotNow,
     Overtaken,
     Unsupported,
+    Unwritable,
 )
 from expunge.core.protocols import Failed, Held, Job, Method, NotDone, Passed, Stage
 from expunge.core.records import Records
+from expunge.core.request import Request
 from expunge.core.trained import Trained
 from expunge.ledger.check import canonical
 from expunge.ledger.database import moment, stamp
@@ -133,6 +135,7 @@ class Journey:
         done: dict[str, list[str]] = {"completed": [], "withheld": [], "failed": []}
         while (run := self._claim(worker, now)) is not None:
             done[self._carry(run)] += run.requests
+        self._tidy()
         waiting = tuple(filed.id for filed in self._waiting(State.PENDING))
         self.ledger.certificates.sign()
         self.ledger.log.checkpoint()
@@ -162,8 +165,7 @@ class Journey:
         return self.workspace.names(self.records)
 
     def _served(self) -> Trained:
-        served = self.ledger.models.served(self.model)
-        return self.workspace.read(served.folder, served.digest, self._names)
+        return self.workspace.serving(self.model, self._names)
 
     def _waiting(self, *states: State) -> list[Filed]:
         return self.ledger.requests.find(model=self.model, state=states)
@@ -172,7 +174,8 @@ class Journey:
         """What time alone brings about: unverified requests end, keys to removed records are destroyed."""
         with self.ledger.database.read() as connection:
             now = moment(self.ledger.database.utc(connection))
-        self.ledger.requests.expire(now - timedelta(days=self.policy.identity_days))
+        with suppress(NotNow):  # another worker is at it
+            self.ledger.requests.expire(now - timedelta(days=self.policy.identity_days))
         for run in self.ledger.runs.finished(stamp(now - timedelta(days=self.policy.keys_days))):
             self.ledger.destroy_keys(run)
 
@@ -240,16 +243,25 @@ class Journey:
                     run = self._erase(run)
                 self._complete(run)
         except (Misuse, Unsupported, Impossible, NothingChanged, Corrupt) as error:
-            if run.step not in ("claimed", "unlearned"):  # the new model is served: only forward from here
+            if run.step not in ("claimed", "unlearned", "verified"):  # the new model is served: only forward from here
                 self._let_go(run)
                 raise
-            self._drop(run)
             self.ledger.runs.fail(run, str(error))
+            self._drop(run)
             return "failed"
         except BaseException:
             self._let_go(run)
             raise
         return "completed"
+
+    def _tidy(self) -> None:
+        """Delete what workers left behind that were killed or taken over, while no run is active and none can begin."""
+        served = self.ledger.models.served(self.model)
+        if not erasure.litter(self.workspace, self.model, served.folder):
+            return
+        with self.ledger.database.write() as connection:
+            if not self.ledger.runs.active(connection, self.model):
+                erasure.retire(self.workspace, self.model, self.ledger.models.served(self.model).folder, ())
 
     def _let_go(self, run: Run) -> None:
         """Let the next attempt go on at once; if that cannot be written, it goes on when the lease has run out."""
@@ -265,8 +277,10 @@ class Journey:
             while not stop.wait(self.policy.lease_s / 3):
                 try:
                     self.ledger.runs.renew(run, self.policy.lease_s)
-                except ExpungeError:  # lost, or the disk is full: the next write of the worker itself says so
+                except Overtaken:  # the next write of the worker itself says so
                     return
+                except ExpungeError:  # the disk is full, or the server away for a moment: try again
+                    continue
 
         thread = Thread(target=renew, daemon=True)
         thread.start()
@@ -298,7 +312,7 @@ class Journey:
         if carried.changed:
             # The fence is part of the name: a worker that was taken over may still be saving its own.
             folder = f"models/{self.model}/v{served.version + 1:04d}-{run.id[:8]}-{run.fence}"
-            self.workspace.keep(carried.trained, folder)
+            self._keep(run, carried.trained, folder)
         failpoint("after save")
         digest, version = carried.trained.digest(), served.version + carried.changed
         found = {
@@ -309,6 +323,7 @@ class Journey:
             "rows_read": read,
             "left": sorted(map(name, left)),
             "removed": {of: sorted(map(name, ids)) for of, ids in carried.mine.items()},
+            "named": sorted(map(name, self._named(requests.values(), trained) & carried.trained.gone)),
             "already": dict(carried.already),
             "method": method_of(method),
             "claim": self._claim_of(carried),
@@ -318,6 +333,13 @@ class Journey:
         except Overtaken:
             if carried.changed:
                 shutil.rmtree(self.workspace.root / folder, ignore_errors=True)
+            raise
+
+    def _keep(self, run: Run, trained: Trained, folder: str) -> None:
+        try:
+            self.workspace.keep(trained, folder)
+        except Unwritable:  # whoever took the run over deletes what this worker is still writing: then Overtaken
+            self.ledger.runs.renew(run, self.policy.lease_s)
             raise
 
     def _claim_of(self, carried: Carried) -> dict[str, Any]:
@@ -340,12 +362,12 @@ class Journey:
             outcomes[name] = self._outcome(name, job, run.id)
         for name, outcome in outcomes.items():
             if isinstance(outcome, Failed):
-                self._drop(run)
                 self.ledger.runs.fail(run, f"{name}: {outcome.why}")
+                self._drop(run)
                 return run, "failed"
             if isinstance(outcome, Held):
-                self._drop(run)
                 self.ledger.runs.withhold(run, f"{name}: {outcome.why}")
+                self._drop(run)
                 return run, "withheld"
         stages = [{"name": name, "outcome": _word(outcome), "why": _why(outcome)} for name, outcome in outcomes.items()]
         return self.ledger.runs.record(run, "verified", stages=stages), None
@@ -355,7 +377,7 @@ class Journey:
         return self.workspace.read(after["folder"], after["digest"], self._names)
 
     def _drop(self, run: Run) -> None:
-        """Delete a result that is not released."""
+        """Delete a result that is not released, once its run has ended: before, another worker may have taken it."""
         after = run.detail.get("after")
         if after is not None and after["folder"] != self.ledger.models.served(self.model).folder:
             shutil.rmtree(self.workspace.root / after["folder"], ignore_errors=True)
@@ -377,10 +399,17 @@ class Journey:
         self.ledger.runs.erase_bodies(run)
         after = run.detail["after"]
         gone = frozenset(name for names in run.detail["removed"].values() for name in names)
+        self._after(run)  # the old version is not deleted before the new one can be read
         version, mirrored = self._mirror(run)
-        retired = erasure.retire(self.workspace, self.model, after["folder"], gone)
-        retired += list(run.detail.get("retired", ()))  # by an earlier attempt
-        found = erasure.look(self.workspace, self._rows(gone), self.records) if gone else None
+        due = [*run.detail.get("retired", ()), *erasure.due(self.workspace, self.model, after["folder"], gone)]
+        run = self.ledger.runs.record(run, "switched", retired=_distinct(due))  # said first: it may die amid it
+        with self.ledger.database.write() as connection:  # until it ends nobody can take over, and serve another
+            self.ledger.runs.hold(connection, run)
+            retired = due + erasure.retire(self.workspace, self.model, after["folder"], gone)
+        rows = self._rows(frozenset(run.detail["named"]))
+        found = None
+        if len(rows):
+            found = erasure.look(self.workspace, rows, self.records, lambda: self._asked_still(rows))
         with self.ledger.database.read() as connection:
             set_after = self.ledger.models.standing_on(connection, self.model).root().to_json()
         found_so_far = {"retired": _distinct(retired + mirrored), "set_after": set_after, "mirror": version}
@@ -404,6 +433,21 @@ class Journey:
     def _rows(self, gone: frozenset[str]) -> Records:
         mine = {self._names[name] for name in gone if name in self._names}
         return self.records.where(lambda record_id, _: record_id in mine)
+
+    def _named(self, requests: Iterable[Request], trained: Trained) -> set[str]:
+        """Ids of all records that these requests mean, those included that were gone before."""
+        found = (request.named(self.records, trained.gone, trained.ids) for request in requests)
+        return {one for named in found for one in named}
+
+    def _asked_still(self, gone: Records) -> frozenset[str]:
+        """Ids and owners of removed records that stand in a request which waits: its own run will look for them."""
+        found: set[str] = set()
+        for filed in self.ledger.requests.find(state=[state for state in State if not state.final]):
+            with suppress(ExpungeError):  # it was done meanwhile, or means no record that is gone
+                request = self.workspace.asked(filed.id)
+                found |= {*request.ids, request.owner or ""}
+                found |= set(request.named(gone))
+        return frozenset(found)
 
     def _complete(self, run: Run) -> None:
         statements: dict[str, Statement] = {}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from sqlalchemy.engine import make_url
 
-from expunge.core.errors import Corrupt, Misuse, UnreadableFile
+from expunge.core.errors import Corrupt, Misuse, UnreadableFile, Unwritable
 from expunge.core.records import Records
 from expunge.core.request import Request
 from expunge.core.store import Store, write_atomically
@@ -113,8 +115,15 @@ class Workspace:
         return self.ledger.models.served(name)
 
     def keep(self, trained: Trained, folder: str) -> None:
-        """Save a model below the workspace, its records under their pseudonyms."""
-        trained.renamed(self.keys.pseudonym).save(self.root / folder)
+        """Save a model below the workspace, durably, its records under their pseudonyms.
+
+        Raises:
+            Unwritable: if the disk is full or read-only.
+        """
+        try:
+            _sync(trained.renamed(self.keys.pseudonym).save(self.root / folder))
+        except (OSError, SafetensorError) as error:
+            raise Unwritable(f"the model could not be saved in {self.root / folder} ({error}); make room") from error
 
     def names(self, records: Records) -> dict[str, str]:
         """The id behind each pseudonym, of these records. Cost: about 2 microseconds a record."""
@@ -129,14 +138,23 @@ class Workspace:
             Corrupt: if it is not the model that the ledger says is served.
             Misuse: if `records` lacks some that the model stands on.
         """
-        served = self.ledger.models.served(name)
-        return self.read(served.folder, served.digest, self.names(records))
+        return self.serving(name, self.names(records))
+
+    def serving(self, name: str, real: Mapping[str, str]) -> Trained:
+        """The same, with the ids behind pseudonyms given; see `load` for errors."""
+        while True:
+            served = self.ledger.models.served(name)
+            try:
+                return self.read(served.folder, served.digest, real)
+            except Corrupt:  # a worker may have served another meanwhile, and deleted this one
+                if self.ledger.models.served(name) == served:
+                    raise
 
     def read(self, folder: str, digest: str, real: Mapping[str, str]) -> Trained:
         """A model that `keep` kept, with the ids behind its pseudonyms; Corrupt if it is not the one of this digest."""
         try:
             kept = load(self.root / folder)
-        except UnreadableFile as error:
+        except (UnreadableFile, OSError, SafetensorError) as error:
             raise Corrupt(f"the model in {self.root / folder} cannot be read: {error}") from None
         if kept.digest() != digest:
             raise Corrupt(f"the model in {self.root / folder} is not the one that the ledger names; restore it")
@@ -166,6 +184,16 @@ class Workspace:
     def close(self) -> None:
         """Let go of the ledger."""
         self.ledger.close()
+
+
+def _sync(folder: Path) -> None:
+    """Let a saved folder outlive a loss of power: after it the ledger says that this model is served."""
+    for path in (*folder.rglob("*"), folder, folder.parent):
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 _NO_TIMES = {"received_at": None, "due_at": None}
