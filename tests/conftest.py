@@ -37,7 +37,8 @@ if os.environ.get("EXPUNGE_SHAPES", "1") != "0":
     checker = types.ModuleType("expunge_shape_checker")
     checker.check = _checked_shapes  # type: ignore[attr-defined]
     sys.modules[checker.__name__] = checker
-    jaxtyping.install_import_hook("expunge", f"{checker.__name__}.check")
+    rooms = [f"expunge.{room}" for room in ("audit", "calculus", "core", "learn", "testing", "unlearn")]
+    jaxtyping.install_import_hook(rooms, f"{checker.__name__}.check")  # those that annotate shapes: it slows all calls
 
 REQUIRE_ALL = "EXPUNGE_REQUIRE_ALL"
 

@@ -142,8 +142,8 @@ def test_a_workspace_is_for_its_owner_alone_and_names_itself(tmp_path):
         one.close()
     assert made[0].config.origin != made[1].config.origin
     assert made[0].keys.pepper != made[1].keys.pepper
-    named = Workspace.init(tmp_path / "c", origin='a "name"')
-    assert named.config.origin == named.ledger.log.origin == 'a "name"'
+    named = Workspace.init(tmp_path / "c", origin='a"name"')
+    assert named.config.origin == named.ledger.log.origin == 'a"name"'
     named.close()
 
 
@@ -256,7 +256,7 @@ def other_owners():
 
 @pytest.mark.parametrize("records", [other_content(), other_owners()], ids=["content", "owners"])
 def test_records_that_the_model_was_not_trained_on_are_refused(empty, records):
-    with pytest.raises(Misuse, match="not those that the model was trained on"):
+    with pytest.raises(Misuse, match="not the records that the model was trained on"):
         empty.register(kit.MODEL, kit.trained(), records)
     assert untouched(empty)
 

@@ -20,6 +20,7 @@ from expunge.ledger.models import Models
 from expunge.ledger.states import State
 from expunge.unlearn.method import Done, Method
 from expunge.workflow import Workspace, erasure
+from expunge.workflow.steps import Steps
 from tests.workflow import kit
 
 OWNERS = kit.owners_of(kit.digits())
@@ -406,7 +407,7 @@ def test_what_it_cost_is_said_nowhere(place):
         assert word not in text
 
 
-STEPS_OF_A_RUN = ("_unlearn", "_verify", "_switch", "_erase", "_complete")
+STEPS_OF_A_RUN = ("unlearn", "verify", "switch", "erase", "complete")
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
@@ -415,17 +416,18 @@ def test_interrupted_at_a_step_it_goes_on_and_its_effect_happens_once(place, mon
     here, method = place(), kit.CountedSisa()
     asked = here.ask(Request.remove_owner(ANN))
     journey = here.journey(method=method)
-    honest = getattr(journey, step)
+    honest = getattr(Steps, step)
 
-    def interrupted(run):
+    def interrupted(self, run):
         if after:
-            honest(run)
+            honest(self, run)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(journey, step, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        journey.run("first")
-    assert here.run("second", method=method).completed == (() if (step, after) == ("_complete", True) else (asked,))
+    with monkeypatch.context() as patch:
+        patch.setattr(Steps, step, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            journey.run("first")
+    assert here.run("second", method=method).completed == (() if (step, after) == ("complete", True) else (asked,))
     carried_out_once(here, asked)
     assert len(method.calls) == 1
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -14,13 +13,11 @@ from expunge.cli.options import Folder, Json, Models, Quiet
 from expunge.cli.output import progress, say
 from expunge.cli.places import opened, plain, present
 from expunge.cli.served import Source
-from expunge.core.errors import ExpungeError, Misuse, UnknownRecord
-from expunge.core.records import Records
+from expunge.core.errors import Misuse, UnknownRecord
 from expunge.ledger.database import stamp
-from expunge.ledger.states import State
 from expunge.ledger.sweep import Sweep
 from expunge.workflow import Workspace
-from expunge.workflow.erasure import look
+from expunge.workflow.erasure import asked_still, look, others, torn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,47 +102,31 @@ def _one(ws: Workspace, name: str, owner: str | None, ids: Sequence[str]) -> _Sw
     with ws.ledger.database.read() as connection:
         gone = ws.ledger.commitments.gone(connection, name)
     here = {ws.keys.pseudonym(record_id): record_id for record_id in records.ids}
+    removed = {here[one] for one in gone if one in here}
     if owner is not None:
         wanted = {record_id for record_id, of in zip(records.ids, records.owners, strict=True) if of == owner}
     elif ids:
         wanted = {record_id for record_id in ids if record_id in records}
     else:
-        wanted = {here[one] for one in gone if one in here}
-    found = None if not wanted else _look(ws, _rows(records, wanted), records)
+        wanted = set(removed)
+    stays = records.where(lambda record_id, _: record_id not in wanted | removed)
+    rows = records.where(lambda record_id, _: record_id in wanted)
+    found = None if not wanted else look(ws, rows, stays, lambda: asked_still(ws, rows))
     lost = 0 if owner is not None or ids else len(gone - here.keys())
     return _Swept(found=found, wanted=frozenset(wanted), gone=lost, remains=tuple(_remains(ws, name, gone)))
-
-
-def _look(ws: Workspace, rows: Records, records: Records) -> Sweep:
-    return look(ws, rows, records, lambda: _asked_still(ws, rows))
-
-
-def _asked_still(ws: Workspace, rows: Records) -> frozenset[str]:
-    """Ids and owners that stand in requests which wait: the ledger must keep those until they are done."""
-    found: set[str] = set()
-    for filed in ws.ledger.requests.find(state=[state for state in State if not state.final]):
-        with suppress(ExpungeError):  # its body is erased already, or it means none of these rows
-            request = ws.asked(filed.id)
-            found |= {*request.ids, request.owner or ""}
-            found |= set(request.named(rows))
-    return frozenset(found)
-
-
-def _rows(records: Records, wanted: set[str]) -> Records:
-    return records.where(lambda record_id, _: record_id in wanted)
 
 
 def _remains(ws: Workspace, name: str, gone: frozenset[str]) -> list[str]:
     """What the books say should not be there any more: artefacts, earlier versions, torn files."""
     served = ws.ledger.models.served(name)
     found = [f"artefact {one.digest[:16]} derives from removed records" for one in ws.store.derived_from(gone)]
-    for folder in sorted((ws.root / "models" / name).iterdir()):
+    for folder in others(ws, name, served.folder):
         version = folder.name[1:5]
         later = version.isdecimal() and int(version) > served.version  # of a run that is not at its end
-        if folder != ws.root / served.folder and not later:
+        if not later:
             found.append(f"model version {name}/{folder.name} is served no more")
-    torn = sorted(path.relative_to(ws.root).as_posix() for path in ws.root.rglob(".*.part") if path.is_file())
-    return [*found, *(f"{path} was left by a process that was killed" for path in torn)]
+    left = sorted(path.relative_to(ws.root).as_posix() for path in torn(ws.root))
+    return [*found, *(f"{path} was left by a process that was killed" for path in left)]
 
 
 def _lines(name: str, swept: _Swept) -> list[str]:

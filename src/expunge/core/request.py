@@ -123,7 +123,7 @@ class Request:
             }
             plain = {name: data[name] for name in ("kind", "owner", "label", "asked_by", "key")}
             return cls(ids=tuple(data["ids"]), **plain, **rows, **times)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise Misuse(f"this is no request as to_json writes it ({error!r})") from None
 
     def _times(self) -> dict[str, datetime | None]:
@@ -248,7 +248,8 @@ def _from_text(data: Mapping[str, Any]) -> Tensor:
     dtype = getattr(torch, data["dtype"], None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"no dtype {data['dtype']}")
-    flat = torch.frombuffer(bytearray(base64.b64decode(data["data"], validate=True)), dtype=dtype)
+    content = bytearray(base64.b64decode(data["data"], validate=True))
+    flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
     return flat.reshape(data["shape"])
 
 

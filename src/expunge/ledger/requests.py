@@ -257,7 +257,7 @@ class Requests:
         ended = []
         for one in self.find(state=[State.IDENTITY_UNVERIFIED]):
             if moment(one.received_at) < before:
-                ended.append(self._move(one.id, State.EXPIRED, event="expired"))
+                ended.append(self._move(one.id, State.EXPIRED, event="expired", why=None))
         return ended
 
     def screening(self, request_id: str) -> Filed:
@@ -274,6 +274,8 @@ class Requests:
     def release(self, request_id: str, *, exact: bool = False) -> Filed:
         """Let a held, withheld or failed request go on, to an exact method if asked."""
         filed = self.get(request_id)
+        if filed.state not in (State.HELD, State.WITHHELD, State.FAILED):
+            raise NotNow(f"request {request_id} is {filed.state.value}; held, withheld and failed ones are released")
         exact = exact or filed.exact
         said = {"exact": exact, "run": None}
         return self._move(request_id, State.PENDING, event="released", said=said, exact=exact, why=None, run=None)

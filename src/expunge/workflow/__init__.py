@@ -3,8 +3,9 @@
 from expunge.workflow.config import Config, Policy
 from expunge.workflow.erasure import Leftovers
 from expunge.workflow.fallback import FallBack
-from expunge.workflow.journey import AFTER, BEFORE, Journey, Progress
+from expunge.workflow.journey import Journey, Progress
 from expunge.workflow.mirror import Mirror
+from expunge.workflow.steps import AFTER, BEFORE
 from expunge.workflow.workspace import Workspace
 
 __all__ = [

@@ -7,13 +7,14 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from expunge.core.errors import ExpungeError
 from expunge.core.records import Records
+from expunge.ledger.states import State
 from expunge.ledger.sweep import Needles, Sweep, sweep
 from expunge.workflow.workspace import Workspace
 
@@ -39,20 +40,20 @@ def retire(workspace: Workspace, name: str, serving: str, removed: Collection[st
         What was retired, by name; the same again after a crash, as far as it is still there.
     """
     retired = due(workspace, name, serving, removed)
-    for folder in _others(workspace, name, serving):
+    for folder in others(workspace, name, serving):
         shutil.rmtree(folder)
     derived = [artefact.digest for artefact in workspace.store.derived_from(removed)]
     if derived:
         workspace.store.delete(*derived)
     with _no_checkpoint(workspace):
-        for leftover in _torn(workspace.root):
+        for leftover in torn(workspace.root):
             leftover.unlink(missing_ok=True)
     return retired
 
 
 def due(workspace: Workspace, name: str, serving: str, removed: Collection[str]) -> list[dict[str, Any]]:
     """What `retire` would delete, by name."""
-    found = [{"what": "model version", "name": f"{name}/{path.name}"} for path in _others(workspace, name, serving)]
+    found = [{"what": "model version", "name": f"{name}/{path.name}"} for path in others(workspace, name, serving)]
     many = len(workspace.store.derived_from(removed))
     if many:
         found.append({"what": "artefacts", "name": f"{many} that derived from removed records"})
@@ -61,15 +62,16 @@ def due(workspace: Workspace, name: str, serving: str, removed: Collection[str])
 
 def litter(workspace: Workspace, name: str, serving: str) -> bool:
     """Whether there is a version that is not served, or a file that was never finished. Cost: lists the workspace."""
-    return bool(_others(workspace, name, serving)) or bool(_torn(workspace.root))
+    return bool(others(workspace, name, serving)) or bool(torn(workspace.root))
 
 
-def _others(workspace: Workspace, name: str, serving: str) -> list[Path]:
+def others(workspace: Workspace, name: str, serving: str) -> list[Path]:
+    """Folders of the versions of a model that are not served."""
     home = workspace.root / "models" / name
     return [path for path in sorted(home.iterdir()) if path.is_dir() and path != workspace.root / serving]
 
 
-def _torn(root: Path) -> list[Path]:
+def torn(root: Path) -> list[Path]:
     """Temporary files. Who writes models holds a run, who writes checkpoints their lock: so their writers are dead."""
     return [path for path in root.rglob(".*.part") if path.is_file()]
 
@@ -83,20 +85,29 @@ def _no_checkpoint(workspace: Workspace) -> Iterator[None]:
         yield
 
 
+def asked_still(workspace: Workspace, gone: Records) -> frozenset[str]:
+    """Ids and owners of removed records that stand in a request which waits: its own run will look for them."""
+    found: set[str] = set()
+    for filed in workspace.ledger.requests.find(state=[state for state in State if not state.final]):
+        with suppress(ExpungeError):  # it was done meanwhile, or means no record that is gone
+            request = workspace.asked(filed.id)
+            found |= {*request.ids, request.owner or ""}
+            found |= set(request.named(gone))
+    return frozenset(found)
+
+
 Asked = Callable[[], frozenset[str]]
 
 
-def look(workspace: Workspace, forget: Records, records: Records, asked: Asked = frozenset) -> Sweep:
+def look(workspace: Workspace, forget: Records, stays: Records, asked: Asked = frozenset) -> Sweep:
     """Search the whole workspace for the removed records.
 
     Args:
         workspace: where.
         forget: the removed records.
-        records: the data set, removed records included: rows that others hold alike are theirs, and stay.
+        stays: the rows that are still held: what these share with the removed ones is theirs, and stays.
         asked: gives ids and owners that stand in requests which wait: in the ledger's own files no leftovers.
     """
-    gone = set(forget.ids)
-    stays = records.where(lambda record_id, _: record_id not in gone)
     names = {name: workspace.keys.pseudonym(name) for name in (*forget.ids, *forget.owners)}
     needles = Needles.of(forget, beside=stays, names=names)
     waiting = asked()

@@ -6,15 +6,18 @@ import json
 import os
 import secrets
 import shutil
+import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from expunge.core.errors import Corrupt, Misuse, UnreadableFile, Unwritable
-from expunge.core.records import Records
+from expunge.core.records import Records, seal
 from expunge.core.request import Request
 from expunge.core.store import Store, write_atomically
 from expunge.core.trained import Trained
@@ -68,18 +71,22 @@ class Workspace:
             Misuse: if the folder holds a workspace, or other files, already.
         """
         root = Path(root)
+        name = origin or f"expunge/{secrets.token_hex(6)}"
+        if not name.isprintable() or " " in name or "+" in name:
+            raise Misuse(f"the log's name stands on checkpoints: no spaces, line breaks or plus signs, got {name!r}")
+        refuse_url(url or "sqlite:///ledger.db")
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise Misuse(f"{root} is not empty; name a new folder for the workspace")
         root.mkdir(parents=True, exist_ok=True)
         root.chmod(0o700)
         keys = injected.get("keys") or Keys.generate()
         keys.save(root / "keys")
-        name = origin or f"expunge/{secrets.token_hex(6)}"
         settings = TEMPLATE.format(url=json.dumps(url or "sqlite:///ledger.db"), origin=json.dumps(name))
         write_atomically(root / SETTINGS, settings.encode("utf-8"))  # last: from now on it is a workspace
         return cls(root, **injected)
 
     def _url(self) -> str:
+        refuse_url(self.config.url)
         url = make_url(self.config.url)
         if url.get_backend_name() == "sqlite" and url.database and not Path(url.database).is_absolute():
             url = url.set(database=str((self.root / url.database).resolve()))
@@ -101,18 +108,36 @@ class Workspace:
         """
         if not name or not set(name.lower()) <= set("abcdefghijklmnopqrstuvwxyz0123456789-_"):
             raise Misuse(f'a model is called by letters, digits, "-" and "_", got "{name}"')
+        if any(one.name == name for one in self.ledger.models.all()):
+            raise Misuse(f'there is a model "{name}" already; choose another name')
         standing = records.take(sorted(trained.ids))
+        if trained.seal is not None and seal(standing, salt=trained.seal.partition(":")[0]) != trained.seal:
+            raise Misuse(
+                "these are not the records that the model was trained on: under the same ids, content or owners "
+                "differ; give the same data, read with the same options"
+            )
         folder = f"models/{name}/v0001"
-        if not any(one.name == name for one in self.ledger.models.all()):
-            shutil.rmtree(self.root / folder, ignore_errors=True)  # of a registration that did not get to its end
-        self.keep(trained, folder)
-        self.ledger.models.register(name, trained.digest(), folder, standing)
+        shutil.rmtree(self.root / folder, ignore_errors=True)  # of a registration that did not get to its end
         if settings is not None:
-            path = self.root / SETTINGS
-            text = path.read_text(encoding="utf-8") + _section(f"models.{name}", settings)
-            write_atomically(path, text.encode("utf-8"))
-            self.config = Config.read(path)
+            self._write_settings(name, settings)  # first: settings of no model say nothing, a model without cannot run
+        self.keep(_without_batches(trained), folder)
+        self.ledger.models.register(name, trained.digest(), folder, standing)
         return self.ledger.models.served(name)
+
+    def _write_settings(self, name: str, settings: Mapping[str, Any]) -> None:
+        """Write ``[models.NAME]``, in the stead of one that an interrupted registration left."""
+        path = self.root / SETTINGS
+        text, section = path.read_text(encoding="utf-8"), f"[models.{name}]"
+        before, there, rest = text.partition(f"\n{section}\n")
+        if there:
+            text = before + ("\n[" + rest.partition("\n[")[2] if "\n[" in rest else "")
+        new = text.rstrip("\n") + "\n" + _section(section, settings)
+        try:
+            tomllib.loads(new)
+        except tomllib.TOMLDecodeError as error:
+            raise Misuse(f"{path.name} cannot keep the settings of {name} ({error}); rename what they name") from None
+        write_atomically(path, new.encode("utf-8"))
+        self.config = Config.read(path)
 
     def keep(self, trained: Trained, folder: str) -> None:
         """Save a model below the workspace, durably, its records under their pseudonyms.
@@ -186,6 +211,14 @@ class Workspace:
         self.ledger.close()
 
 
+def refuse_url(url: str) -> None:
+    """Misuse for text that names no database."""
+    try:
+        make_url(url)
+    except ArgumentError:
+        raise Misuse(f'"{url}" names no database; give sqlite:///ledger.db or postgresql://user@host/name') from None
+
+
 def _sync(folder: Path) -> None:
     """Let a saved folder outlive a loss of power: after it the ledger says that this model is served."""
     for path in (*folder.rglob("*"), folder, folder.parent):
@@ -205,5 +238,11 @@ def _without_times(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _section(name: str, settings: Mapping[str, Any]) -> str:
-    lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items() if value is not None]
-    return "\n".join(["", f"[{name}]", *lines, ""])
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in settings.items() if value is not None]
+    return "\n".join(["", name, *lines, ""])
+
+
+def _without_batches(trained: Trained) -> Trained:
+    """The same model without the ids of its batches, whole and in parts."""
+    log = None if trained.log is None else replace(trained.log, batches=())
+    return replace(trained, log=log, parts=tuple(map(_without_batches, trained.parts)))
