@@ -402,7 +402,7 @@ def test_a_fallback_that_read_the_records_is_refused(ask, expunge, opened, ws, s
 
 def test_an_interrupted_run_goes_on_to_the_same_end(ask, expunge, ws, monkeypatch):
     request = ask("request", "churn", "--owner", "c-1")["id"]
-    for place in ("expunge.workflow.journey.carry_out", "expunge.workflow.erasure.look"):
+    for place in ("expunge.workflow.steps.carry_out", "expunge.workflow.erasure.look"):
         with monkeypatch.context() as patch:
             patch.setattr(place, interrupt)
             said = expunge("run", "--workspace", ws)
@@ -654,3 +654,27 @@ def test_every_command_of_the_guide_parses(expunge):
     for line in found:
         if len(line.split()) > 2 and "--help" not in line:  # others are mentioned only
             parse(line)
+
+
+def test_an_mlflow_registry_follows_the_workspace(expunge, shop, tmp_path):
+    from expunge.workflow.mlflow import connect
+
+    address, root = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "ws"
+    call("init", str(root))
+    data = ("--data", str(shop / "customers.csv"), *TABLE)
+    call("register-model", "churn", str(shop / "sharded"), *data, "--mlflow", address, "--workspace", str(root))
+    client = connect(address, address)
+    first = client.get_model_version_by_alias("churn", "champion")
+    assert expunge("request", "churn", "--owner", "c-1", "--workspace", root).code == 0
+    assert expunge("run", "--workspace", root).code == 0
+    second = client.get_model_version_by_alias("churn", "champion")
+    workspace = Workspace(root)
+    served = workspace.ledger.models.served("churn")
+    assert second.version != first.version
+    assert second.tags["state_dict.sha256"] == served.digest
+    assert re.fullmatch("[0-9a-f]{64}", second.tags["unlearn.certificate"])
+    assert [one.version for one in client.search_model_versions("name='churn'")] == [second.version]
+    asked = workspace.ledger.requests.find()[0].id
+    said = workspace.ledger.certificates.get(asked).statement(workspace.keys)["predicate"]["retired"]
+    assert {"what": "mirror version", "name": f"mlflow:churn/{first.version}"} in said
+    workspace.close()

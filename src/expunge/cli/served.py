@@ -15,7 +15,7 @@ from expunge.core.errors import Misuse
 from expunge.core.records import Records
 from expunge.core.trained import Trained
 from expunge.unlearn import Method, Retrain, Sisa
-from expunge.workflow import Workspace
+from expunge.workflow import Mirror, Workspace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class Source:
         method: word for the method; ``auto`` is the exact one that fits.
         set: settings of the method, as ``name=value``.
         fallback: folder of a model that may be served in this one's stead.
+        mlflow: address of the database of an MLflow registry that is to serve the model too, under the same name.
     """
 
     data: str
@@ -40,6 +41,7 @@ class Source:
     method: str = "auto"
     set: tuple[str, ...] = ()
     fallback: str | None = None
+    mlflow: str | None = None
 
     @classmethod
     def of(cls, workspace: Workspace, name: str) -> Source:
@@ -80,6 +82,14 @@ class Source:
     def methods(self, trained: Trained) -> tuple[Method, Method]:
         """The method of this model, and the exact one for what is in doubt."""
         return make_method(self.method, self.set, trained), Sisa() if trained.parts else Retrain()
+
+    def mirror(self, name: str) -> Mirror | None:
+        """The registry elsewhere that serves the model too, if one is named."""
+        if self.mlflow is None:
+            return None
+        from expunge.workflow.mlflow import MlflowMirror
+
+        return MlflowMirror(model=name, tracking_uri=self.mlflow)
 
 
 def _fits(key: str, value: Any) -> bool:

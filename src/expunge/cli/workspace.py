@@ -105,6 +105,9 @@ def register_model(
     method: Annotated[str, typer.Option(help=", ".join(METHODS) + "; auto: sisa for shards, else retrain.")] = "auto",
     setting: Annotated[list[str] | None, typer.Option("--set", help="A setting of the method, as lr=0.01.")] = None,
     fallback: Annotated[Path | None, typer.Option(help="Folder of a model to serve if this one is retired.")] = None,
+    mlflow: Annotated[
+        str | None, typer.Option(help="Database of an MLflow registry to serve it too, as sqlite:////srv/mlflow.db.")
+    ] = None,
     id_column: IdColumn = None,
     owner_column: OwnerColumn = None,
     label_column: LabelColumn = None,
@@ -141,6 +144,7 @@ def register_model(
             method=method,
             set=tuple(setting or ()),
             fallback=None if fallback is None else str(fallback.absolute()),
+            mlflow=mlflow,
         )
         settings = source.settings()
         with progress(quiet or as_json) as show:
@@ -153,7 +157,10 @@ def register_model(
             if fallback is not None:
                 load_model(fallback, allow_code)
             records = read_records(data, id_column, owner_column, label_column, classes, columns, owners)[0]
+            mirror = source.mirror(name)
             served = ws.register(name, trained, records, settings)
+            if mirror is not None:
+                mirror.serve(mirror.publish(ws.root / served.folder, served.digest, {}))
         about = {
             "model": name,
             "version": served.version,
@@ -234,7 +241,8 @@ def journey_of(ws: Workspace, name: str, allowed: bool, tell: Tell) -> Journey:
     source = Source.of(ws, name)
     tell(f"read {name}", 0, 1)
     method, exact = source.methods(served_model(ws, name, allowed))
-    return Journey(ws, name, source.records(), method=method, exact=exact, tell=tell)
+    mirror = source.mirror(name)
+    return Journey(ws, name, source.records(), method=method, exact=exact, mirror=mirror, tell=tell)
 
 
 def _take(ws: Workspace, name: str, worker: str, now: bool, allowed: bool, tell: Tell) -> _Taken:

@@ -275,7 +275,10 @@ class Requests:
         """Let a held, withheld or failed request go on, to an exact method if asked."""
         filed = self.get(request_id)
         if filed.state not in (State.HELD, State.WITHHELD, State.FAILED):
-            raise NotNow(f"request {request_id} is {filed.state.value}; held, withheld and failed ones are released")
+            raise NotNow(
+                f"request {request_id} is {filed.state.value} and cannot become pending by a release; "
+                "held, withheld and failed ones can"
+            )
         exact = exact or filed.exact
         said = {"exact": exact, "run": None}
         return self._move(request_id, State.PENDING, event="released", said=said, exact=exact, why=None, run=None)
