@@ -485,3 +485,21 @@ def test_the_report_holds_no_id_and_no_content(needles, forget, tmp_path):
 def test_root_must_be_a_folder(needles, tmp_path):
     with pytest.raises(Misuse, match="root must be a folder"):
         sweep(tmp_path / "none", needles)
+
+
+@pytest.mark.parametrize("line", ["-0.536,0.362", "-0.536, 0.362", "-0.536;0.362", "-0.536\t0.362"])
+def test_a_row_of_two_numbers_is_found_in_a_line_of_a_table(tmp_path, line):
+    x = torch.tensor([[-0.536, 0.362], [0.125, 0.5]])
+    rows = Records(x, torch.tensor([0, 1]), ["r-0001", "r-0002"], ["ann-1", "bob-2"])
+    looked = Needles.of(rows.select([0]), beside=rows.select([1]))
+    (tmp_path / "table.csv").write_text(f"x,{line},no\n")
+    found = sweep(tmp_path, looked)
+    assert [one.form for one in found.leftovers] == ["decimal text"]
+    (tmp_path / "table.csv").write_text("x,-0.537,0.362,no\n")
+    assert sweep(tmp_path, looked).clean
+
+
+def test_rows_of_too_few_digits_are_counted(tmp_path):
+    rows = Records(torch.tensor([[1.0, 0.0], [-0.536, 0.362]]), torch.tensor([0, 1]), ["r-0001", "r-0002"])
+    assert Needles.of(rows).not_searched_as_text == 1
+    assert sweep(tmp_path, Needles.of(rows)).not_searched_as_text == 1

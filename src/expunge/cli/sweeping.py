@@ -147,6 +147,8 @@ def _lines(name: str, swept: _Swept) -> list[str]:
         where = "in its name" if one.offset < 0 else f"at byte {one.offset:,}"
         lines.append(f"  LEFT {plain(one.path)}: {one.form} of {one.record}{through}, {where}")
     lines += [f"  NOT SEARCHED {plain(path)}: {why}" for path, why in found.not_searched]
+    if found.not_searched_as_text:
+        lines.append(f"  not as text, for they hold too few digits: {found.not_searched_as_text:,} records")
     if found.not_searched_by_content:
         lines.append(
             f"  by digest and name only, for their content is too short: {found.not_searched_by_content:,} records"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,6 +55,8 @@ class Database:
             self.engine = _postgresql(self.url)
         else:
             raise Unsupported(f"ledgers live in SQLite or PostgreSQL, got {self.url.get_backend_name()}; use one")
+        driver: Any = self.engine.dialect.dbapi
+        self._driver_error: type[Exception] = driver.Error
 
     @property
     def on_sqlite(self) -> bool:
@@ -68,9 +69,9 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """Within: one consistent view, however many queries and whoever writes meanwhile."""
-        with self._explained(), self.engine.connect() as connection:
-            options: dict[str, Any] = {} if self.on_sqlite else {"isolation_level": "REPEATABLE READ"}
-            yield connection.execution_options(readonly=True, **options)
+        with self._explained(), self._begun(self._begin_reading) as connection:
+            yield connection
+            connection.commit()  # after a ROLLBACK psycopg forgets all statements that it had prepared
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -80,15 +81,60 @@ class Database:
             Unwritable: if the disk is full or read-only, or the database cannot be reached. Nothing was changed, or,
                 if the connection was lost at the very commit, nobody knows, and the message says so.
         """
-        with self._explained(), self.engine.connect() as connection:
-            connection.begin()
-            failpoint("before update")
-            self.lock_appends(connection)  # first of all: two who took it after other locks could wait for each other
+        with self._explained(), self._begun(self._begin_writing) as connection:
             yield connection
             failpoint("before commit")
             with self._explained("it is not known whether the last change was kept"):
                 connection.commit()
         failpoint("after commit")
+
+    @contextmanager
+    def _begun(self, begin: Callable[[Connection], None]) -> Iterator[Connection]:
+        """A connection, begun; a second one if the first was dead already, as all are once the server was restarted."""
+        with self.engine.connect() as connection:
+            if self._is_alive_after(begin, connection):
+                yield connection
+                return
+        self.engine.dispose()
+        with self.engine.connect() as connection:
+            begin(connection)
+            yield connection
+
+    def _is_alive_after(self, begin: Callable[[Connection], None], connection: Connection) -> bool:
+        raw: Any = connection.connection.dbapi_connection
+        try:
+            begin(connection)
+        except self._driver_error:
+            if self.on_sqlite or not raw.closed:
+                raise
+            connection.invalidate()
+            return False
+        return True
+
+    def _begin_reading(self, connection: Connection) -> None:
+        connection.execution_options(readonly=True)
+        if not self.on_sqlite:
+            connection.execution_options(isolation_level="REPEATABLE READ")
+            connection.begin()
+            self._ask_clock(connection)
+
+    def _begin_writing(self, connection: Connection) -> None:
+        connection.begin()
+        failpoint("before update")
+        self.lock_appends(connection)  # first of all: two who took it after other locks could wait for each other
+
+    def _ask_clock(self, connection: Connection, *first: str) -> None:
+        """Send psycopg's BEGIN, some statements, and a look at the clock, all at once: each alone waits for an answer.
+
+        Each statement sees what was committed when it itself begins: the clock's, unlike a part of the lock's, sees
+        what went on until the lock was granted.
+        """
+        raw: Any = connection.connection.dbapi_connection
+        with raw.pipeline():
+            for statement in first:
+                raw.execute(statement)
+            clock = raw.execute(_SERVER_CLOCK)
+        connection.execution_options(clock_s=float(clock.fetchone()[0]))
 
     def lock_appends(self, connection: Connection) -> None:
         """Until the transaction ends, no other writes; held already within `write`.
@@ -96,7 +142,7 @@ class Database:
         On SQLite ``BEGIN IMMEDIATE`` took the only write lock.
         """
         if not self.on_sqlite and not connection.get_execution_options().get("alone"):
-            connection.execute(_TAKE_LOCK, {"lock": _APPENDERS})
+            self._ask_clock(connection, _TAKE_LOCK)
             connection.execution_options(alone=True)
 
     def insert(self, connection: Connection, statement: str, rows: Sequence[Mapping[str, Any]]) -> int:
@@ -114,7 +160,11 @@ class Database:
             return self._now()
         if self.on_sqlite:
             return time.time()
-        return float(connection.execute(_SERVER_CLOCK).scalar_one())
+        asked = connection.get_execution_options().get("clock_s")
+        if asked is None:
+            return float(connection.exec_driver_sql(_SERVER_CLOCK).scalar_one())
+        connection.execution_options(clock_s=None)  # asked as the transaction began; who asks once more asks the server
+        return float(asked)
 
     def utc(self, connection: Connection) -> str:
         """The same as a time stamp."""
@@ -166,14 +216,14 @@ class Database:
             yield
         except sa.exc.IntegrityError:
             raise
-        except (sa.exc.DBAPIError, sa.exc.TimeoutError, sqlite3.Error) as error:
+        except (sa.exc.DBAPIError, sa.exc.TimeoutError, self._driver_error) as error:
             reason = " ".join(str(getattr(error, "orig", error)).split())
             raise Unwritable(
                 f"the ledger at {self} could not be read or written ({reason}); {changed}: mend it and run again"
             ) from error
 
 
-_TAKE_LOCK = sa.text("SELECT pg_advisory_xact_lock(:lock)")
+_TAKE_LOCK = f"SELECT pg_advisory_xact_lock({_APPENDERS})"
 
 
 def inserting(table: sa.Table) -> str:
@@ -189,7 +239,7 @@ def _for_driver(statement: str, on_sqlite: bool) -> str:
 
 
 _PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "temp_store=MEMORY")
-_SERVER_CLOCK = sa.text("SELECT extract(epoch FROM clock_timestamp())")
+_SERVER_CLOCK = "SELECT extract(epoch FROM clock_timestamp())"
 
 
 def _sqlite(url: sa.URL) -> Engine:
@@ -226,4 +276,4 @@ def _postgresql(url: sa.URL) -> Engine:
         raise Unsupported(
             "PostgreSQL needs psycopg 3; install it: pip install 'expunge[postgres]', or use SQLite"
         ) from None
-    return sa.create_engine(url.set(drivername="postgresql+psycopg"), pool_pre_ping=True, hide_parameters=True)
+    return sa.create_engine(url.set(drivername="postgresql+psycopg"), hide_parameters=True)

@@ -154,7 +154,8 @@ class Requests:
         self, connection: Connection, fresh: dict[str, dict[str, Any]], now: str
     ) -> Mapping[str, Mapping[str, Any]]:
         """Insert those whose keys are new, and nothing of the others; returns, by key, what stands there now."""
-        if not fresh or self.database.insert(connection, _INSERT, list(fresh.values())) == len(fresh):
+        file = _INSERT if self.database.on_sqlite else _INSERT_WITH_BODY
+        if not fresh or self.database.insert(connection, file, list(fresh.values())) == len(fresh):
             known, new = fresh, list(fresh.values())
         else:
             known = self._known(fresh, connection)
@@ -163,7 +164,8 @@ class Requests:
                 _refuse_other_body(known[key], row)
             known |= {row["key_mac"]: row for row in new}
         if new:
-            self.database.insert(connection, _INSERT_BODY, new)
+            if self.database.on_sqlite:
+                self.database.insert(connection, _INSERT_BODY, new)
             events = [("received", row["id"], {name: row[name] for name in _SAID}) for row in new]
             self.log.append(connection, events, now)
         return known
@@ -346,6 +348,8 @@ _INSERT = (
     "ON CONFLICT (key_mac) DO NOTHING"
 )
 _INSERT_BODY = "INSERT INTO body (request, data) VALUES (:id, :data)"
+_INSERT_WITH_BODY = f"WITH new AS ({_INSERT} RETURNING id) INSERT INTO body (request, data) SELECT id, :data FROM new"
+"""Both at once, as PostgreSQL can and SQLite cannot: one answer to wait for."""
 _DAY = timedelta(days=1)
 
 

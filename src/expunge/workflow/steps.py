@@ -24,6 +24,7 @@ from expunge.ledger.failpoints import failpoint
 from expunge.ledger.jobs import Run, Statement
 from expunge.ledger.ledger import Ledger
 from expunge.ledger.models import Served
+from expunge.ledger.sweep import Sweep
 from expunge.workflow import erasure
 from expunge.workflow.carrying import Carried, carry_out
 from expunge.workflow.mirror import PARENT, REQUESTS, Mirror
@@ -202,8 +203,7 @@ class Steps:
         if found is not None:
             erasure.refuse_leftovers(found)
         failpoint("after erase")
-        summary = None if found is None else {"files": found.files, "bytes": found.size_bytes, "clean": found.clean}
-        return self.ledger.runs.record(run, "erased", sweep=summary)
+        return self.ledger.runs.record(run, "erased", sweep=None if found is None else _summary(found))
 
     def _mirror(self, run: Run) -> tuple[str | None, list[dict[str, Any]]]:
         if self.mirror is None:
@@ -289,6 +289,19 @@ def word_of(outcome: Outcome) -> str:
 def _why(outcome: Outcome) -> str:
     """What may be published of a stage's outcome: of one that looked at records, only that it let them pass."""
     return outcome.why if isinstance(outcome, NotDone) else "nothing was found against the release"
+
+
+def _summary(found: Sweep) -> dict[str, Any]:
+    """What a certificate says of a sweep: how much was searched, and for how many only in part."""
+    return {
+        "files": found.files,
+        "bytes": found.size_bytes,
+        "clean": found.clean,
+        "records": found.records,
+        "notByContent": found.not_searched_by_content,
+        "notAsText": found.not_searched_as_text,
+        "namesOnlyAsQuotedText": found.not_searched_by_id,
+    }
 
 
 def _distinct(found: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ Words = np.ndarray[Any, np.dtype[np.uint64]]
 
 _BLOCK = 1 << 15  # words at a time: what is computed from them stays in the cache
 _BATCH = 1 << 22  # bytes of strings entered at a time
+_LONG = 256
 _FOLD = np.uint64(29)  # without it, the product would drop most of the high bytes
 _MIX = tuple(np.uint64(k) for k in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93))
 
@@ -55,8 +56,10 @@ class Found(NamedTuple):
 class Anchors:
     """An index of byte strings of at least 2 bytes; strings are entered, then the index is sealed, then asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, numbers: bool = False) -> None:
+        """Empty; `numbers` if the strings are numbers in decimal, of which "0,0," and "0.0," tell nothing."""
         self.longest = 0
+        self._backs = (1, 2, 4) if numbers else (1,)
         self._marks: dict[bytes, list[int]] = defaultdict(list)
         self._entries: dict[tuple[int, int], list[np.ndarray[Any, Any]]] = defaultdict(list)
         self._tables: list[tuple[int, int, _Table]] = []
@@ -68,47 +71,55 @@ class Anchors:
         """Enter the (n, length) strings, each with its mark. Cost: a few passes over them."""
         size = max(1, _BATCH // max(1, rows.shape[1]))
         for start in range(0, len(rows), size):
-            self._add(np.ascontiguousarray(rows[start : start + size]), marks[start : start + size])
+            some = np.ascontiguousarray(rows[start : start + size])
+            lengths = np.full(len(some), rows.shape[1])
+            self._add(some, lengths, list(map(_name, some)), marks[start : start + size])
 
     def add_texts(self, texts: Sequence[bytes], marks: Sequence[int]) -> None:
         """Enter strings of differing lengths, each with its mark."""
         by_length: dict[int, list[int]] = defaultdict(list)
-        for place, text in enumerate(texts):
-            by_length[len(text)].append(place)
+        for place, text in enumerate(texts):  # long ones by their beginnings, so that many are entered in one go
+            by_length[len(text) if len(text) < _LONG else len(text) // _LONG * _LONG].append(place)
         for length, places in by_length.items():
-            rows = np.frombuffer(b"".join(texts[i] for i in places), np.uint8).reshape(-1, length)
-            self.add(rows, [marks[i] for i in places])
+            size = max(1, _BATCH // length)
+            for start in range(0, len(places), size):
+                some = places[start : start + size]
+                rows = np.frombuffer(b"".join(texts[i][:length] for i in some), np.uint8).reshape(-1, length)
+                lengths = np.array([len(texts[i]) for i in some])
+                self._add(rows, lengths, [_name(texts[i]) for i in some], [marks[i] for i in some])
 
-    def _add(self, rows: Bytes2, marks: Sequence[int]) -> None:
+    def _add(self, rows: Bytes2, lengths: np.ndarray[Any, Any], names: Sequence[bytes], marks: Sequence[int]) -> None:
+        """Enter strings of these lengths and names by windows within `rows`, which are, or begin, them."""
         length = rows.shape[1]
-        self.longest = max(self.longest, length)
+        self.longest = max(self.longest, int(lengths.max(initial=0)))
         fresh = []
-        for place, (row, mark) in enumerate(zip(rows, marks, strict=True)):
-            known = self._marks[_name(row)]
+        for place, (name, mark) in enumerate(zip(names, marks, strict=True)):
+            known = self._marks[name]
             if not known:
                 fresh.append(place)
             if mark not in known:
                 known.append(mark)
-        left = rows[fresh]
+        left, lengths = rows[fresh], lengths[fresh]
         changes = np.zeros((len(left), length + 1), np.int32)
-        np.cumsum(left[:, 1:] != left[:, :-1], axis=1, out=changes[:, 2:])
+        np.cumsum(_new(left, self._backs), axis=1, out=changes[:, 2:])
         for tier in _TIERS:
             if not len(left) or length < tier.width + tier.step - 1:
                 continue
             places, fewest = _best_windows(changes, tier)
             good = fewest >= tier.changes
-            self._enter(tier, left[good], places[good], length)
-            left, changes = left[~good], changes[~good]
+            self._enter(tier, left[good], places[good], lengths[good])
+            left, lengths, changes = left[~good], lengths[~good], changes[~good]
 
-    def _enter(self, tier: _Tier, rows: Bytes2, places: np.ndarray[Any, Any], length: int) -> None:
+    def _enter(self, tier: _Tier, rows: Bytes2, places: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any]) -> None:
+        each = np.arange(len(rows))[:, None]
         for shift in range(tier.step if len(rows) else 0):
             at = places[:, None] + shift + np.arange(tier.width)
-            windows = np.ascontiguousarray(np.take_along_axis(rows, at, axis=1))
+            windows = np.ascontiguousarray(rows[each, at])
             words = windows.view(f"<u{min(tier.width, 8)}").astype(np.uint64)
             entry = np.empty((len(rows), 3), np.uint64)
             words ^= words >> _FOLD
             entry[:, 0] = sum(words[:, i] * _MIX[i] for i in range(words.shape[1]))
-            entry[:, 1], entry[:, 2] = places + shift, length
+            entry[:, 1], entry[:, 2] = places + shift, lengths
             self._entries[tier.width, tier.step].append(entry)
 
     def seal(self) -> Anchors:
@@ -179,6 +190,14 @@ def _candidates(data: bytes, width: int, step: int, table: _Table) -> Iterator[t
             for i in range(1, ahead + 1):
                 keys += some[i : i + size] * _MIX[i]
             yield from table.look(keys, slice(shift + at * word, None), word, len(data))
+
+
+def _new(rows: Bytes2, backs: tuple[int, ...]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """(n, length - 1): whether each byte but the first is another than each of those so far before it."""
+    new: np.ndarray[Any, np.dtype[np.bool_]] = rows[:, 1:] != rows[:, :-1]
+    for back in backs[1:]:
+        new[:, back - 1 :] &= rows[:, back:] != rows[:, :-back]
+    return new
 
 
 def _best_windows(

@@ -16,6 +16,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 _INTEGERS = {"uint8": torch.uint8, "int8": torch.int8, "int16": torch.int16, "int32": torch.int32, "int64": torch.int64}
+FEW = 8  # numbers in a row
 _SHORTEST_TEXT = 23  # characters: below this, the fast look for numbers in text may not see the row
 
 
@@ -105,10 +106,12 @@ def texts(x: Tensor) -> Iterator[tuple[str, list[bytes]]]:
     others is empty.
     """
     flat = x.reshape(len(x), -1)
+    if flat.dtype is torch.uint8:
+        yield from _texts_of_pixels(flat.tolist())
+        return
     for name, values in _decimal_values(flat):
         whole = all(word.lstrip("-").isdigit() for word in values[0]) and name == "decimal text"
-        endings: tuple[str, ...] = ("", ".0", ".") if not whole else ("", ".0")
-        for ending in endings:
+        for ending in _endings(whole):
             yield name, [_joined(row, ending) for row in values]
 
 
@@ -119,13 +122,43 @@ def _decimal_values(flat: Tensor) -> Iterator[tuple[str, list[list[str]]]]:
         yield "decimal text", _words(flat.double().numpy())
         if flat.dtype is not torch.float64:
             yield "decimal text", _words(flat.float().numpy())
-    if flat.dtype is torch.uint8:
-        level = torch.arange(256, dtype=torch.uint8)
-        single = (level.float() * (1 / 255)).numpy()
-        divided = (level.float() / 255).double().numpy()
-        for table in (single, single.astype(np.float64), divided, level.double().numpy() / 255):
-            words = _words(table[None])[0]
-            yield "decimal text / 255", [[words[i] for i in row] for row in flat.tolist()]
+
+
+def short_texts(x: Tensor) -> list[set[bytes]]:
+    """For each row of few numbers, which `texts` leaves out: its decimals, as tables and JSON join them.
+
+    A set is empty if the row is long, or too plain to be told from other numbers: under 8 digits in all, or of whole
+    numbers only.
+    """
+    found: list[set[bytes]] = [set() for _ in range(len(x))]
+    if math.prod(x.shape[1:]) > FEW or x.dtype is torch.uint8:
+        return found
+    for _, values in _decimal_values(x.reshape(len(x), -1)):
+        for place, words in enumerate(values):
+            if len(words) < 2 or sum(map(str.isdigit, "".join(words))) < 8 or not any("." in word for word in words):
+                continue
+            for ending in ("", ".0"):
+                ended = [word if "." in word or "e" in word else word + ending for word in words]
+                found[place] |= {between.join(ended).encode() for between in (",", ", ", ";", "\t", " ")}
+    return found
+
+
+def _texts_of_pixels(rows: list[list[int]]) -> Iterator[tuple[str, list[bytes]]]:
+    """The same of rows of one byte a value, by tables of all 256."""
+    level = torch.arange(256, dtype=torch.uint8)
+    single = (level.float() * (1 / 255)).numpy()
+    divided = (level.float() / 255).double().numpy()
+    tables = (single, single.astype(np.float64), divided, level.double().numpy() / 255)
+    named = [("decimal text", list(map(str, range(256))))]
+    named += [("decimal text / 255", _words(table[None])[0]) for table in tables]
+    for name, words in named:
+        for ending in _endings(name == "decimal text"):
+            ended = [word if "." in word or "e" in word else word + ending for word in words]
+            yield name, [_framed(",".join(map(ended.__getitem__, row)), len(row)) for row in rows]
+
+
+def _endings(whole: bool) -> tuple[str, ...]:
+    return ("", ".0") if whole else ("", ".0", ".")
 
 
 def _words(values: Array) -> list[list[str]]:
@@ -135,8 +168,11 @@ def _words(values: Array) -> list[list[str]]:
 
 
 def _joined(words: list[str], ending: str) -> bytes:
-    text = ",".join(word if "." in word or "e" in word else word + ending for word in words)
-    return f",{text},".encode() if len(words) >= 4 and len(text) >= _SHORTEST_TEXT else b""
+    return _framed(",".join(word if "." in word or "e" in word else word + ending for word in words), len(words))
+
+
+def _framed(text: str, values: int) -> bytes:
+    return f",{text},".encode() if values >= 4 and len(text) >= _SHORTEST_TEXT else b""
 
 
 def _as_bytes(array: Array) -> Array:

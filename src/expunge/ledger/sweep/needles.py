@@ -13,7 +13,7 @@ from torch import Tensor
 
 from expunge.core.records import Records
 from expunge.ledger.sweep.anchors import Anchors, Found
-from expunge.ledger.sweep.forms import byte_forms, pictures, raw, texts
+from expunge.ledger.sweep.forms import FEW, byte_forms, pictures, raw, short_texts, texts
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -53,6 +53,7 @@ class Needles:
         shared: how many of them have values that a row which stays also has: not searched by values.
         not_searched_by_content: how many are too short (under 8 bytes) or one value over and over: such bytes stand
             everywhere, so these rows are searched by digest and name only.
+        not_searched_as_text: how many rows hold so few digits that their decimal text stands everywhere by chance.
         not_searched_by_id: how many ids and owners are shorter than 4 characters or plain numbers: these are
             searched as quoted strings only.
         longest: bytes of the longest string that is searched for.
@@ -60,9 +61,10 @@ class Needles:
 
     def __init__(self) -> None:
         self.count = self.shared = self.not_searched_by_content = self.not_searched_by_id = self.longest = 0
+        self.not_searched_as_text = 0
         self.marks: list[Mark] = []
         self.pictures: list[Picture] = []
-        self.bytes, self.texts, self.lines = Anchors(), Anchors(), Anchors()
+        self.bytes, self.texts, self.lines = Anchors(), Anchors(numbers=True), Anchors()
         self._pseudonyms: dict[str, str] = {}
         self._longer: dict[bytes, set[tuple[bytes, bytes]]] = defaultdict(set)
 
@@ -87,6 +89,7 @@ class Needles:
         for rows in _chunks(forget):
             self._add_rows(rows, forget.ids[start : start + len(rows)], kept_values)
             start += len(rows)
+        self._add_lines()
         self._add_digests(forget, kept_digests)
         self._add_names(forget, set() if beside is None else {*beside.ids, *beside.owners})
         for anchors in (self.bytes, self.texts, self.lines):
@@ -124,42 +127,65 @@ class Needles:
         for form, lines in texts(rows):
             long = [i for i, line in enumerate(lines) if line]
             self.texts.add_texts([lines[i] for i in long], [self._mark(form, ids[i]) for i in long])
+        self._add_short(rows, ids)
         shown = pictures(rows)
         for place, pixels in enumerate([] if shown is None else shown):
             for form, values in (("picture", pixels), ("picture inverted", 255 - pixels)):
                 self._add_picture(form, ids[place % len(ids)], values)
 
+    def _add_short(self, rows: Tensor, ids: Sequence[str]) -> None:
+        """Rows of few numbers, in decimal; counts those that no decimal text is searched for."""
+        written: list[tuple[bytes, int]] = []
+        if rows[0].numel() > FEW:
+            return
+        all_texts = [lines for _, lines in texts(rows)]
+        for place, forms in enumerate(short_texts(rows)):
+            written += [(text, self._mark("decimal text", ids[place])) for text in sorted(forms)]
+            if not forms and not any(lines[place] for lines in all_texts):
+                self.not_searched_as_text += 1
+        self._add_all(written)
+
     def _add_picture(self, form: str, record: str, pixels: Array) -> None:
-        """Enter the line with the most changes: it finds the picture, and then all lines are compared."""
+        """Note the line with the most changes: it finds the picture, and then all lines are compared."""
         changes = (pixels[0, :, 1:] != pixels[0, :, :-1]).sum(axis=1)
         line = int(changes.argmax())
         if changes[line]:
             self.pictures.append(Picture(form, self._pseudonyms[record], pixels, line))
-            self.lines.add(np.ascontiguousarray(pixels[0, line : line + 1]), [len(self.pictures) - 1])
+
+    def _add_lines(self) -> None:
+        lines = [np.ascontiguousarray(one.pixels[0, one.line]).tobytes() for one in self.pictures]
+        self.lines.add_texts(lines, range(len(lines)))
 
     def _add_digests(self, forget: Records, kept: set[bytes]) -> None:
+        written: list[tuple[bytes, int]] = []
         for record, row in zip(forget.ids, forget.digests(), strict=True):
             digest = bytes(row)
             if digest not in kept:
                 wide = base64.b64encode(digest)
                 strings = {digest, digest.hex().encode(), digest.hex().upper().encode(), wide}
                 strings |= {base64.urlsafe_b64encode(digest), wide.rstrip(b"=")}
-                self.bytes.add_texts(sorted(strings), [self._mark("content digest", record)] * len(strings))
+                mark = self._mark("content digest", record)
+                written += [(one, mark) for one in sorted(strings)]
+        self._add_all(written)
 
     def _add_names(self, forget: Records, kept: set[str]) -> None:
         owners = set(forget.owners) - set(forget.ids)
         searched = [("id", name) for name in forget.ids] + [("owner", name) for name in sorted(owners)]
+        written: list[tuple[bytes, int]] = []
         for form, name in searched:
             if name in kept or not name:
                 continue
             if len(name) < _SHORTEST_NAME or name.replace(".", "", 1).isdecimal():
                 self.not_searched_by_id += 1
-                for text in (f'"{name}"', f"'{name}'"):
-                    self.bytes.add_texts([text.encode()], [self._mark(form, name)])
+                written += [(text.encode(), self._mark(form, name)) for text in (f'"{name}"', f"'{name}'")]
                 continue
-            for written in sorted({name.encode(), name.encode("utf-16-le"), _escaped(name)}):
-                self.bytes.add_texts([written], [self._mark(form, name, written)])
+            forms = sorted({name.encode(), name.encode("utf-16-le"), _escaped(name)})
+            written += [(one, self._mark(form, name, one)) for one in forms]
+        self._add_all(written)
         self._know_longer(sorted(kept | set(forget.ids) | set(forget.owners)))
+
+    def _add_all(self, written: Sequence[tuple[bytes, int]]) -> None:
+        self.bytes.add_texts([text for text, _ in written], [mark for _, mark in written])
 
     def _know_longer(self, names: Sequence[str]) -> None:
         """Note which known names hold a searched one, so that those that stay are never taken for it."""

@@ -49,6 +49,7 @@ class Sweep:
         not_searched: (path, why) of all that could hold rows and could not be read.
         records: number of removed records that were searched for.
         not_searched_by_content: how many of them could be searched by digest and name only.
+        not_searched_as_text: how many of them hold too few digits to be searched for as decimal text.
         not_searched_by_id: how many ids and owners could be searched as quoted strings only.
     """
 
@@ -58,6 +59,7 @@ class Sweep:
     not_searched: tuple[tuple[str, str], ...]
     records: int
     not_searched_by_content: int = 0
+    not_searched_as_text: int = 0
     not_searched_by_id: int = 0
 
     @property
@@ -152,6 +154,7 @@ class _Done:
             not_searched=tuple((hidden[path], why) for path, why in self.not_searched),
             records=self.needles.count,
             not_searched_by_content=self.needles.not_searched_by_content,
+            not_searched_as_text=self.needles.not_searched_as_text,
             not_searched_by_id=self.needles.not_searched_by_id,
         )
 
