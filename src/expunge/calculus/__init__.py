@@ -1,0 +1,7 @@
+"""Derivatives of a model's losses, and linear systems in them: pure functions on modules and tensors."""
+
+from expunge.calculus.fisher import FisherDual
+from expunge.calculus.objective import Objective
+from expunge.calculus.solvers import Solution, conjugate_gradients, dense, lissa, solve_dense
+
+__all__ = ["FisherDual", "Objective", "Solution", "conjugate_gradients", "dense", "lissa", "solve_dense"]

@@ -1,0 +1,163 @@
+"""The losses of single rows as a function of a module's parameters, and their derivatives."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from expunge.core.errors import Misuse, Unsupported
+
+RowLosses = Callable[[Tensor, Tensor], Tensor]
+
+
+class Objective:
+    """A module seen as a function of its parameters, laid end to end in one vector.
+
+    Losses are summed over rows, never averaged, and hold no weight decay: divide and add where a mean or a penalty is
+    meant. Parameters keep the order of `module.named_parameters()`.
+
+    Attributes:
+        module: in evaluation mode, never written to.
+        row_losses: losses (n,) of outputs (n, ...) and labels.
+        names: the parameters that the vector holds; the others are constants.
+    """
+
+    def __init__(self, module: nn.Module, row_losses: RowLosses, *, names: Iterable[str] | None = None) -> None:
+        """See the class; `names` chooses parameters, all that require a gradient if None.
+
+        Raises:
+            Unsupported: for a module in training mode: batch norm would make a row's loss depend on the other rows of
+                its batch, and dropout on coins, so that neither has a gradient of a single row.
+            Misuse: for names that are no parameters.
+        """
+        if any(part.training for part in module.modules()):
+            raise Unsupported(
+                "derivatives of single rows need evaluation mode: in training mode batch norm mixes rows and dropout "
+                "draws coins; call module.eval()"
+            )
+        held = dict(module.named_parameters())
+        chosen = [name for name, one in held.items() if one.requires_grad] if names is None else list(names)
+        unknown = [name for name in chosen if name not in held]
+        if unknown or not chosen:
+            raise Misuse(f"there is no parameter {unknown[0] if unknown else ''!r}; it has {', '.join(held) or 'none'}")
+        self.module, self.row_losses = module, row_losses
+        self.names = tuple(name for name in held if name in set(chosen))
+        self._shapes = {name: held[name].shape for name in self.names}
+        self._sizes = [held[name].numel() for name in self.names]
+
+    @property
+    def size(self) -> int:
+        """How many parameters the vector holds."""
+        return sum(self._sizes)
+
+    def vector(self) -> Float[Tensor, " p"]:
+        """The parameters as they are now."""
+        held = dict(self.module.named_parameters())
+        return torch.cat([held[name].detach().reshape(-1) for name in self.names])
+
+    def split(self, vector: Float[Tensor, " p"]) -> dict[str, Tensor]:
+        """A vector cut into the shapes of the parameters."""
+        pieces = torch.split(vector, self._sizes)
+        return {name: piece.view(self._shapes[name]) for name, piece in zip(self.names, pieces, strict=True)}
+
+    def put(self, vector: Float[Tensor, " p"]) -> None:
+        """Write a vector into the module's parameters, in place."""
+        held = dict(self.module.named_parameters())
+        with torch.no_grad():
+            for name, value in self.split(vector).items():
+                held[name].copy_(value)
+
+    @cached_property
+    def _constants(self) -> Mapping[str, Tensor]:
+        state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        return {name: tensor.detach() for name, tensor in state.items() if name not in set(self.names)}
+
+    def outputs(self, vector: Tensor, x: Tensor) -> Tensor:
+        """Outputs (n, ...) of the rows at these parameters."""
+        answer: Tensor = functional_call(self.module, {**self._constants, **self.split(vector)}, (x,))
+        return answer
+
+    def losses(self, x: Tensor, y: Tensor, at: Tensor | None = None) -> Float[Tensor, " n"]:
+        """The loss of each row. Cost: one forward pass."""
+        return self.row_losses(self.outputs(self.vector() if at is None else at, x), y)
+
+    def gradient(self, x: Tensor, y: Tensor, at: Tensor | None = None) -> Float[Tensor, " p"]:
+        """Gradient of the summed losses. Cost: one forward and one backward pass."""
+        gradient: Tensor = grad(lambda vector: self.losses(x, y, vector).sum())(self.vector() if at is None else at)
+        return gradient
+
+    def gradients(self, x: Tensor, y: Tensor, *, chunk: int | None = 32) -> Float[Tensor, "n p"]:
+        """The gradient of each row's loss. Cost: n p numbers of memory; rows go through `chunk` at a time."""
+
+        def of_row(vector: Tensor, row: Tensor, label: Tensor) -> Tensor:
+            return self.losses(row[None], label[None], vector).sum()
+
+        with _second_derivatives():
+            answer: Tensor = vmap(grad(of_row), in_dims=(None, 0, 0), chunk_size=chunk)(self.vector(), x, y)
+        return answer
+
+    def scores(self, x: Tensor, y: Tensor, v: Float[Tensor, " p"]) -> Float[Tensor, " n"]:
+        """The inner product of each row's gradient with `v`: how fast its loss grows along `v`.
+
+        Cost: one forward pass in forward mode for all rows together, whatever their number.
+        """
+        with _second_derivatives():
+            answer: Tensor = jvp(lambda vector: self.losses(x, y, vector), (self.vector(),), (v,))[1]
+        return answer
+
+    def hessian_product(self, x: Tensor, y: Tensor, v: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
+        """The Hessian of the summed losses times `v`. Cost: about four forward passes."""
+        with _second_derivatives():
+            answer: Tensor = jvp(lambda vector: self.gradient(x, y, vector), (self.vector(),), (v,))[1]
+        return answer
+
+    def gauss_newton_product(self, x: Tensor, y: Tensor, v: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
+        """``sum_i J_i' H_i J_i v``: J_i a row's outputs by the parameters, H_i its loss by them (Schraudolph, 2002).
+
+        Positive semi-definite where the loss is convex in the outputs. For cross-entropy and squared error it is the
+        Fisher matrix of the model's own distribution, not the empirical one.
+        """
+        here = self.vector()
+
+        def outputs(vector: Tensor) -> Tensor:
+            return self.outputs(vector, x)
+
+        def loss(out: Tensor) -> Tensor:
+            return self.row_losses(out, y).sum()
+
+        with _second_derivatives():
+            out, forward = jvp(outputs, (here,), (v,))[:2]
+            curved = jvp(grad(loss), (out,), (forward,))[1]
+            back: Callable[[Tensor], tuple[Tensor]] = vjp(outputs, here)[1]
+            return back(curved)[0]
+
+
+@contextmanager
+def _second_derivatives() -> Any:
+    """Within: attention by a kernel that has derivatives of derivatives; the fused ones have none."""
+    _quiet_forward_mode()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@cache
+def _quiet_forward_mode() -> None:
+    """Load what forward mode needs, once: torch warns then of what it itself should no longer use."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
+        importlib.import_module("torch._decomp.decompositions_for_jvp")

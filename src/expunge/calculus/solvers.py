@@ -1,0 +1,115 @@
+"""Linear systems in a curvature that is known by its products only; each says how well it solved them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from expunge.core.errors import Misuse
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Solution:
+    """What a solver found.
+
+    Attributes:
+        x: the solution.
+        residual: ``|A x - b| / |b|``, measured by one more product: what the solver reached, not what it aimed at.
+        iterations: products that it took.
+        converged: whether the residual is at most the tolerance asked for.
+    """
+
+    x: Tensor
+    residual: float
+    iterations: int
+    converged: bool
+
+
+def conjugate_gradients(
+    product: Product, b: Float[Tensor, " p"], *, damping: float = 0.0, tolerance: float = 1e-6, most: int = 500
+) -> Solution:
+    """Solve ``(A + damping I) x = b`` for a symmetric positive definite A (Hestenes and Stiefel, 1952).
+
+    Args:
+        product: ``A v``.
+        b: right side.
+        damping: added to A, in A's own units.
+        tolerance: on the relative residual.
+        most: products at most.
+
+    Raises:
+        Misuse: at a direction of negative curvature: the system has no minimum, so that more damping is needed.
+    """
+
+    def times(v: Tensor) -> Tensor:
+        return product(v) + damping * v
+
+    x, r = torch.zeros_like(b), b.clone()
+    direction, square, goal = r.clone(), torch.dot(r, r), tolerance**2 * torch.dot(b, b)
+    steps = 0
+    while steps < most and square > goal:
+        image = times(direction)
+        curvature = torch.dot(direction, image)
+        if curvature <= 0:
+            share = float(curvature / torch.dot(direction, direction))
+            raise Misuse(f"the curvature is {share:.3g} along a direction; damp by more than {-share:.3g}")
+        step = square / curvature
+        x, r = x + step * direction, r - step * image
+        square, before = torch.dot(r, r), square
+        direction = r + (square / before) * direction
+        steps += 1
+    return _solution(times, x, b, steps, tolerance)
+
+
+def lissa(
+    products: Iterable[Product], b: Float[Tensor, " p"], *, scale: float, damping: float = 0.0, tolerance: float = 1e-6
+) -> Solution:
+    """The recurrence ``x <- b + (I - (A_j + damping I) / scale) x``, over ``scale`` (Agarwal, Bullins and Hazan, 2017).
+
+    Here for comparison: it converges only if every A_j's eigenvalues lie in (0, 2 scale), as slowly as its smallest
+    eigenvalue over `scale`, and what stochastic products leave it with is noise. Prefer `conjugate_gradients`.
+    """
+    x, steps, last = b.clone(), 0, None
+    for product in products:
+        x = b + x - (product(x) + damping * x) / scale
+        steps, last = steps + 1, product
+        if not bool(torch.isfinite(x).all()):
+            raise Misuse(f"it diverged at step {steps}; the largest eigenvalue is above 2 scale = {2 * scale:.3g}")
+    if last is None:
+        raise Misuse("give at least one product")
+    final = last
+    return _solution(lambda v: final(v) + damping * v, x / scale, b, steps, tolerance)
+
+
+def dense(product: Product, size: int, like: Tensor) -> Float[Tensor, "p p"]:
+    """The matrix behind a product, column by column. Cost: `size` products, and size^2 numbers of memory."""
+    eye = torch.eye(size, dtype=like.dtype, device=like.device)
+    return torch.stack([product(column) for column in eye], dim=1)
+
+
+def solve_dense(matrix: Float[Tensor, "p p"], b: Float[Tensor, " p"], *, damping: float = 0.0) -> Solution:
+    """Solve by Cholesky, in float64.
+
+    Raises:
+        Misuse: if the damped matrix is not positive definite; the message names its smallest eigenvalue.
+    """
+    held = matrix.double()
+    held = (held + held.T) / 2 + damping * torch.eye(len(held), dtype=torch.float64, device=held.device)
+    factor, failed = torch.linalg.cholesky_ex(held)
+    if bool(failed):
+        least = float(torch.linalg.eigvalsh(held)[0])
+        raise Misuse(f"the matrix is not positive definite, its smallest eigenvalue is {least:.3g}; damp by more")
+    x = torch.cholesky_solve(b.double()[:, None], factor)[:, 0].to(b.dtype)
+    return _solution(lambda v: (held @ v.double()).to(v.dtype), x, b, 1, 1e-6)
+
+
+def _solution(times: Product, x: Tensor, b: Tensor, steps: int, tolerance: float) -> Solution:
+    norm = float(torch.linalg.vector_norm(b))
+    residual = float(torch.linalg.vector_norm(times(x) - b)) / norm if norm else 0.0
+    return Solution(x=x, residual=residual, iterations=steps, converged=residual <= tolerance)
