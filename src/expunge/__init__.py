@@ -22,10 +22,14 @@ from expunge.core.errors import (
     Misuse,
     NeverTrained,
     NothingChanged,
+    NotNow,
+    OtherBody,
+    Overtaken,
     Stopped,
     UnknownRecord,
     UnreadableFile,
     Unsupported,
+    Unwritable,
 )
 from expunge.core.estimate import Estimate
 from expunge.core.protocols import Cost, Need, Unlearned
@@ -75,7 +79,10 @@ __all__ = [
     "Need",
     "NegGradPlus",
     "NeverTrained",
+    "NotNow",
     "NothingChanged",
+    "OtherBody",
+    "Overtaken",
     "RandomLabels",
     "Recipe",
     "Records",
@@ -96,6 +103,7 @@ __all__ = [
     "Unlearned",
     "UnreadableFile",
     "Unsupported",
+    "Unwritable",
     "__version__",
     "adopt",
     "allow_code",

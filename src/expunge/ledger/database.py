@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import select
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,7 +57,7 @@ class Database:
             self.engine = _postgresql(self.url)
         else:
             raise Unsupported(f"ledgers live in SQLite or PostgreSQL, got {self.url.get_backend_name()}; use one")
-        driver: Any = self.engine.dialect.dbapi
+        driver: Any = sqlite3 if self.on_sqlite else self.engine.dialect.dbapi
         self._driver_error: type[Exception] = driver.Error
 
     @property
@@ -69,9 +71,9 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """Within: one consistent view, however many queries and whoever writes meanwhile."""
-        with self._explained(), self._begun(self._begin_reading) as connection:
-            yield connection
-            connection.commit()  # after a ROLLBACK psycopg forgets all statements that it had prepared
+        with self._explained(), self.engine.connect() as connection:
+            yield connection.execution_options(readonly=True)
+            connection.commit()  # after a ROLLBACK psycopg throws away all statements that it had prepared
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -81,60 +83,15 @@ class Database:
             Unwritable: if the disk is full or read-only, or the database cannot be reached. Nothing was changed, or,
                 if the connection was lost at the very commit, nobody knows, and the message says so.
         """
-        with self._explained(), self._begun(self._begin_writing) as connection:
+        with self._explained(), self.engine.connect() as connection:
+            connection.execution_options(begun_by_lock=True).begin()
+            failpoint("before update")
+            self.lock_appends(connection)  # first of all: two who took it after other locks could wait for each other
             yield connection
             failpoint("before commit")
             with self._explained("it is not known whether the last change was kept"):
                 connection.commit()
         failpoint("after commit")
-
-    @contextmanager
-    def _begun(self, begin: Callable[[Connection], None]) -> Iterator[Connection]:
-        """A connection, begun; a second one if the first was dead already, as all are once the server was restarted."""
-        with self.engine.connect() as connection:
-            if self._is_alive_after(begin, connection):
-                yield connection
-                return
-        self.engine.dispose()
-        with self.engine.connect() as connection:
-            begin(connection)
-            yield connection
-
-    def _is_alive_after(self, begin: Callable[[Connection], None], connection: Connection) -> bool:
-        raw: Any = connection.connection.dbapi_connection
-        try:
-            begin(connection)
-        except self._driver_error:
-            if self.on_sqlite or not raw.closed:
-                raise
-            connection.invalidate()
-            return False
-        return True
-
-    def _begin_reading(self, connection: Connection) -> None:
-        connection.execution_options(readonly=True)
-        if not self.on_sqlite:
-            connection.execution_options(isolation_level="REPEATABLE READ")
-            connection.begin()
-            self._ask_clock(connection)
-
-    def _begin_writing(self, connection: Connection) -> None:
-        connection.begin()
-        failpoint("before update")
-        self.lock_appends(connection)  # first of all: two who took it after other locks could wait for each other
-
-    def _ask_clock(self, connection: Connection, *first: str) -> None:
-        """Send psycopg's BEGIN, some statements, and a look at the clock, all at once: each alone waits for an answer.
-
-        Each statement sees what was committed when it itself begins: the clock's, unlike a part of the lock's, sees
-        what went on until the lock was granted.
-        """
-        raw: Any = connection.connection.dbapi_connection
-        with raw.pipeline():
-            for statement in first:
-                raw.execute(statement)
-            clock = raw.execute(_SERVER_CLOCK)
-        connection.execution_options(clock_s=float(clock.fetchone()[0]))
 
     def lock_appends(self, connection: Connection) -> None:
         """Until the transaction ends, no other writes; held already within `write`.
@@ -142,8 +99,12 @@ class Database:
         On SQLite ``BEGIN IMMEDIATE`` took the only write lock.
         """
         if not self.on_sqlite and not connection.get_execution_options().get("alone"):
-            self._ask_clock(connection, _TAKE_LOCK)
-            connection.execution_options(alone=True)
+            raw: Any = connection.connection.dbapi_connection
+            begin = "" if raw.pgconn.transaction_status else "BEGIN; "
+            asked = raw.execute(begin + _LOCK_AND_CLOCK, prepare=False)
+            while asked.nextset():
+                pass
+            connection.execution_options(alone=True, clock=[float(asked.fetchone()[0])])
 
     def insert(self, connection: Connection, statement: str, rows: Sequence[Mapping[str, Any]]) -> int:
         """Insert rows by a statement with ``:name`` parameters; how many.
@@ -160,11 +121,10 @@ class Database:
             return self._now()
         if self.on_sqlite:
             return time.time()
-        asked = connection.get_execution_options().get("clock_s")
-        if asked is None:
-            return float(connection.exec_driver_sql(_SERVER_CLOCK).scalar_one())
-        connection.execution_options(clock_s=None)  # asked as the transaction began; who asks once more asks the server
-        return float(asked)
+        asked: list[float] = connection.get_execution_options().get("clock", [])
+        if asked:
+            return asked.pop()  # came with the lock; who wants to know it again asks the server
+        return float(connection.exec_driver_sql(_CLOCK).scalar_one())
 
     def utc(self, connection: Connection) -> str:
         """The same as a time stamp."""
@@ -198,13 +158,13 @@ class Database:
             Unwritable: if on SQLite another process reads the ledger for longer than the timeout.
         """
         with self._explained(), self.engine.connect() as connection:
+            raw: Any = connection.connection.dbapi_connection
             if self.on_sqlite:
-                raw: Any = connection.connection.dbapi_connection
                 busy = raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
                 if busy:
                     raise Unwritable("another process reads the ledger, so its write-ahead log stays; run it again")
             else:
-                connection.execution_options(isolation_level="AUTOCOMMIT").execute(sa.text("VACUUM FULL body, record"))
+                raw.execute("VACUUM FULL body, record")
 
     def close(self) -> None:
         """Let go of all connections."""
@@ -223,7 +183,8 @@ class Database:
             ) from error
 
 
-_TAKE_LOCK = f"SELECT pg_advisory_xact_lock({_APPENDERS})"
+_CLOCK = "SELECT extract(epoch FROM clock_timestamp())"
+_LOCK_AND_CLOCK = f"SELECT pg_advisory_xact_lock({_APPENDERS}); {_CLOCK}"  # one journey to the server, not two
 
 
 def inserting(table: sa.Table) -> str:
@@ -239,7 +200,6 @@ def _for_driver(statement: str, on_sqlite: bool) -> str:
 
 
 _PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "temp_store=MEMORY")
-_SERVER_CLOCK = "SELECT extract(epoch FROM clock_timestamp())"
 
 
 def _sqlite(url: sa.URL) -> Engine:
@@ -271,9 +231,35 @@ def _sqlite(url: sa.URL) -> Engine:
 
 def _postgresql(url: sa.URL) -> Engine:
     try:
-        import psycopg  # noqa: F401
+        import psycopg
     except ImportError:
         raise Unsupported(
             "PostgreSQL needs psycopg 3; install it: pip install 'expunge[postgres]', or use SQLite"
         ) from None
-    return sa.create_engine(url.set(drivername="postgresql+psycopg"), hide_parameters=True)
+    engine = sa.create_engine(
+        url.set(drivername="postgresql+psycopg"), connect_args={"autocommit": True}, hide_parameters=True
+    )
+
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        """The driver's own BEGIN goes alone; writers send theirs with the lock."""
+        options = connection.get_execution_options()
+        if options.get("readonly"):
+            connection.exec_driver_sql("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        elif not options.get("begun_by_lock"):
+            connection.exec_driver_sql("BEGIN")
+
+    @sa.event.listens_for(engine, "checkout")
+    def _prepare(raw: Any, *_: object) -> None:
+        """As the pool's own ping does, but asks the server only if it said something unasked, such as goodbye."""
+        if not raw.autocommit:  # SQLAlchemy takes it away when it resets a connection
+            raw.autocommit = True
+        heard = select.poll()
+        heard.register(raw.fileno(), select.POLLIN)
+        if heard.poll(0):
+            try:
+                engine.dialect.do_ping(raw)
+            except psycopg.Error as error:
+                raise sa.exc.DisconnectionError("the server ended the connection") from error
+
+    return engine
