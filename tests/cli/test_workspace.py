@@ -27,9 +27,9 @@ VERBS = shlex.split("init register-model request status run release deny cancel 
 VERBS += ["verify-bundle", "log", "sweep", "export"]
 FILED = {
     *("id", "model", "kind", "state", "regime", "received_at", "due_at", "extended", "exact", "run", "why"),
-    *("updated_at", "days_left", "paused", "overdue"),
+    *("updated_at", "days_left", "paused", "overdue", "late"),
 }
-TAKEN = {"completed", "held", "withheld", "failed", "waiting", "unfinished", "error"}
+TAKEN = {"completed", "held", "withheld", "failed", "waiting", "unfinished", "standing", "error"}
 
 
 @pytest.fixture(scope="session")
@@ -116,7 +116,7 @@ def test_a_journey_from_an_empty_folder_to_a_certificate_checked_without_us(expu
     opening = ("--keys", "keys.json", "--owner", "owner-017", *rows)
     alone = checked("answer", "bundle.json", "--key", published, *opening)
     assert alone.returncode == 0
-    assert f"{len(mine)} rows of the owner open removed commitments" in alone.stdout
+    assert f"{len(mine)} of the {len(mine)} removed commitments were opened" in alone.stdout
     other = ("--keys", "answer/keys.json", "--owner", "owner-018", *rows)
     said = expunge("verify-bundle", "answer/bundle.json", "--key", published, *other)
     assert said.code == 1
@@ -382,7 +382,7 @@ def test_the_fallback_is_served_for_all_that_is_withheld(ask, expunge, opened, w
     toml = ws / "expunge.toml"
     toml.write_text(toml.read_text() + f'fallback = "{Path("other").absolute()}"\n')
     found = ask("release", "--fallback", first)
-    assert set(found) == {"model", "version", "digest", *TAKEN} - {"unfinished", "error"}
+    assert set(found) == {"model", "version", "digest", *TAKEN} - {"unfinished", "standing", "error"}
     assert sorted(found["completed"]) == sorted([first, second])
     assert ask("certificate", first, "--out", "answer")["claim"] == "none"
     assert checked("answer", "bundle.json", "--key", "expunge.pub").returncode == 0
@@ -678,3 +678,31 @@ def test_an_mlflow_registry_follows_the_workspace(expunge, shop, tmp_path):
     said = workspace.ledger.certificates.get(asked).statement(workspace.keys)["predicate"]["retired"]
     assert {"what": "mirror version", "name": f"mlflow:churn/{first.version}"} in said
     workspace.close()
+
+
+def test_what_is_held_from_before_makes_every_later_run_say_so(ask):
+    held = ask("request", "churn", "--owner", "nobody")["id"]
+    assert ask("run", code=1)["models"]["churn"]["held"] == [held]
+    again = ask("run", code=1)["models"]["churn"]
+    assert (again["held"], again["standing"]) == ([], [held])
+    ask("deny", held, "--reason", "no_match")
+    assert ask("run")["models"]["churn"]["standing"] == []
+
+
+def test_the_words_of_an_extension_go_when_the_request_is_done(ask, ws):
+    request = ask("request", "churn", "--owner", "c-1")["id"]
+    ask("extend", request, "--why", "many requests by Mr Smith")
+    ask("run")
+    files = [path for path in ws.rglob("*") if path.is_file()]
+    assert not any(b"Smith" in path.read_bytes() for path in files)
+    assert ask("log", "--verify")["faults"] == []
+
+
+def test_a_checkpoint_that_is_lost_is_replaced_only_when_asked(ask, expunge, ws):
+    ask("log", "--checkpoint")
+    (ws / "last-checkpoint").unlink()
+    said = expunge("status", "--workspace", ws)
+    assert said.code == 2
+    assert "the last checkpoint is missing" in said.err
+    ask("log", "--replace-checkpoint")
+    assert ask("status")["count"] == 0

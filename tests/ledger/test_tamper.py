@@ -348,7 +348,19 @@ def test_without_the_file_outside_the_last_checkpoint_in_the_database_still_tell
     rewrite(own)
     own.ledger.close()
     (own.folder / "anchor").unlink()
-    assert any(one.startswith("checkpoint") for one in own.open().verify())
+    assert any(one.startswith("checkpoint") for one in own.open(replace_anchor=True).verify())
+
+
+def test_without_the_file_outside_a_ledger_that_has_signed_does_not_open(own: w.Worked, tmp_path: Path) -> None:
+    """Else an old backup would open as soon as the file is lost, or its disk is not mounted."""
+    own.ledger.close()
+    (own.folder / "anchor").unlink()
+    with pytest.raises(Corrupt, match="the last checkpoint is missing from"):
+        own.open()
+    size = len(own.open(replace_anchor=True).log)
+    own.ledger.close()
+    assert check.open_note((own.folder / "anchor").read_text(encoding="utf-8"), own.keys.trusted).size == size
+    assert own.open().verify() == []
 
 
 def test_an_old_backup_put_in_the_place_of_the_database_does_not_open(own: w.Worked, tmp_path: Path) -> None:

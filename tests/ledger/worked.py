@@ -69,12 +69,13 @@ class Worked:
         self._keys = (drawn("record key", i) for i in itertools.count())
         self.open()
 
-    def open(self) -> Ledger:
+    def open(self, *, replace_anchor: bool = False) -> Ledger:
         """Open the ledger, again perhaps."""
         self.ledger = Ledger(
             self.url,
             self.keys,
             anchor=self.folder / "anchor",
+            replace_anchor=replace_anchor,
             now=self.now,
             new_id=lambda: f"id-{next(self._ids):04d}",
             draw_keys=self._draw,

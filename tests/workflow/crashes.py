@@ -43,8 +43,8 @@ SHARDS = 4
 
 
 def records() -> Records:
-    """800 digits of 320 owners."""
-    return kit.digits(800, 320)
+    """1,000 digits of 400 owners."""
+    return kit.digits(1000, 400)
 
 
 def requests(many: int) -> dict[str, Request]:

@@ -24,6 +24,9 @@ def log(
         int | None, typer.Option(metavar="SIZE", help="Prove that the log goes on from a checkpoint of this size.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="With --since: new file for the proof.")] = None,
+    replace_checkpoint: Annotated[
+        bool, typer.Option("--replace-checkpoint", help="Write the checkpoint outside anew, if it is lost for good.")
+    ] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Check all of the ledger; exit code 1 for faults.")] = False,
     workspace: Folder = None,
     as_json: Json = False,
@@ -35,14 +38,14 @@ def log(
       expunge log --verify
       expunge log --since 120 --out ../proof.json
     """
-    if sum((entries is not None, checkpoint, since is not None, verify)) > 1:
-        raise Misuse("--entries, --checkpoint, --since and --verify are four things to do; choose one")
+    if sum((entries is not None, checkpoint, since is not None, verify, replace_checkpoint)) > 1:
+        raise Misuse("--entries, --checkpoint, --since, --verify and --replace-checkpoint: choose one")
     if (since is None) != (out is None):
         raise Misuse("--since and --out go together: the size of the old checkpoint, and a file for the proof")
     if verify:
         return _verify(workspace, as_json)
-    with opened(workspace) as ws:
-        if checkpoint:
+    with opened(workspace, replace_anchor=replace_checkpoint) as ws:
+        if checkpoint or replace_checkpoint:
             note = ws.ledger.log.checkpoint()
             say(as_json, {**_about(note, ws), "note": note}, note.rstrip("\n"))
         elif since is not None and out is not None:

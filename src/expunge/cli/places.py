@@ -14,9 +14,9 @@ from expunge.workflow.workspace import SETTINGS
 
 
 @contextmanager
-def opened(folder: Path | None) -> Iterator[Workspace]:
+def opened(folder: Path | None, *, replace_anchor: bool = False) -> Iterator[Workspace]:
     """Within: the workspace in this folder; None looks for the nearest one upward from here."""
-    workspace = Workspace(find_root(folder))
+    workspace = Workspace(find_root(folder), replace_anchor=replace_anchor)
     try:
         yield workspace
     finally:

@@ -44,21 +44,23 @@ def clock_of(ws: Workspace, filed: Filed) -> dict[str, Any]:
     """A request as JSON, with what the legal clock says of it now."""
     paused = filed.state is State.IDENTITY_UNVERIFIED and ws.config.clock.regime.pauses
     left = None if filed.state.final or paused else ws.config.clock.days_left(moment(filed.due_at), present(ws))
-    return {**filed.to_json(), "days_left": left, "paused": paused, "overdue": left is not None and left < 0}
+    late = filed.state.final and filed.updated_at > filed.due_at
+    flags = {"paused": paused, "overdue": left is not None and left < 0, "late": late}
+    return {**filed.to_json(), "days_left": left, **flags}
 
 
 def due_text(ws: Workspace, filed: Filed) -> str:
     """When it is due, for people."""
     about = clock_of(ws, filed)
     if filed.state.final:
-        return f"was due {day(ws, filed.due_at)}"
+        return f"was due {day(ws, filed.due_at)}" + (", and was LATE" if about["late"] else "")
     return f"due {day(ws, filed.due_at)} ({_left(about)})"
 
 
 def _left(about: dict[str, Any]) -> str:
     left = about["days_left"]
     if left is None:
-        return "clock stands still" if about["paused"] else "-"
+        return "clock stands still" if about["paused"] else "LATE" if about["late"] else "-"
     if left < 0:
         return f"OVERDUE by {counted(-left, 'day')}"
     return f"{counted(left, 'day')} left"
@@ -190,7 +192,7 @@ def export(
 def _row(filed: Filed, about: dict[str, Any]) -> list[str | int]:
     denied = filed.why or "" if filed.state is State.DENIED else ""
     done = filed.updated_at if filed.state is State.COMPLETED else ""
-    left = "" if about["days_left"] is None else about["days_left"]
+    left = "late" if about["late"] else "" if about["days_left"] is None else about["days_left"]
     when = (filed.received_at, filed.due_at, left, filed.model, filed.id, denied, filed.updated_at, done)
     return [filed.state.value, filed.kind, *when]
 

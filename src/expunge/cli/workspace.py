@@ -180,18 +180,24 @@ def register_model(
 
 @dataclass(frozen=True, kw_only=True)
 class _Taken:
-    """What a run did for one model; `left` are requests that it did not get to the end of."""
+    """What a run did for one model.
+
+    `left` are requests that it did not get to the end of, `standing` those that were held, withheld or failed before
+    it, and still wait for a person.
+    """
 
     done: Progress
     left: tuple[str, ...]
+    standing: tuple[str, ...]
     error: ExpungeError | None
 
     @property
     def good(self) -> bool:
-        return self.done.good and not self.left and self.error is None
+        return self.done.good and not self.left and not self.standing and self.error is None
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.done.to_json(), "unfinished": list(self.left), "error": self.error and str(self.error)}
+        lists = {"unfinished": list(self.left), "standing": list(self.standing)}
+        return {**self.done.to_json(), **lists, "error": self.error and str(self.error)}
 
 
 def run(
@@ -255,7 +261,10 @@ def _take(ws: Workspace, name: str, worker: str, now: bool, allowed: bool, tell:
             raise
         error = caught
     found = ws.ledger.requests.find(model=name, state=[State.RUNNING, State.VERIFYING])
-    return _Taken(done=done, left=tuple(filed.id for filed in found), error=error)
+    waits = ws.ledger.requests.find(model=name, state=[State.HELD, State.WITHHELD, State.FAILED])
+    new = {*done.held, *done.withheld, *done.failed}
+    standing = tuple(filed.id for filed in waits if filed.id not in new)
+    return _Taken(done=done, left=tuple(filed.id for filed in found), standing=standing, error=error)
 
 
 def _lines(ws: Workspace, name: str, taken: _Taken) -> list[str]:
@@ -263,7 +272,7 @@ def _lines(ws: Workspace, name: str, taken: _Taken) -> list[str]:
     counts |= {"unfinished": len(taken.left)} if taken.left else {}
     said = ", ".join(f"{count:,} {word}" for word, count in counts.items())
     lines = [f"{name}: {said or 'not done' if taken.error else said or 'nothing to do'}"]
-    for one in (*taken.done.held, *taken.done.withheld, *taken.done.failed):
+    for one in (*taken.done.held, *taken.done.withheld, *taken.done.failed, *taken.standing):
         filed = ws.ledger.requests.get(one)
         lines.append(f"  {filed.state.value} {one}: {plain(filed.why or '')}; see: expunge status {one}")
     if taken.left and taken.error is None:

@@ -686,7 +686,9 @@ def check_keys(data: bytes, commitments: Iterable[str], owner: str, rows: Sequen
         return Outcome("keys", False, error.why)
     except AttributeError as error:
         return Outcome("keys", False, f"a part is missing or of another kind ({error!r})")
-    return Outcome("keys", True, f"{len(rows):,} rows of the owner open removed commitments, each its own")
+    opened = f"{len(rows):,} of the {len(removed):,} removed commitments were opened, each by a row of its own"
+    rest = "" if len(rows) == len(removed) else "; the others were not looked at"
+    return Outcome("keys", True, opened + rest)
 
 
 def check_consistency(data: bytes, keys: Sequence[Ed25519PublicKey]) -> Outcome:

@@ -100,7 +100,7 @@ class Database:
         """
         if not self.on_sqlite and not connection.get_execution_options().get("alone"):
             raw: Any = connection.connection.dbapi_connection
-            begin = "" if raw.pgconn.transaction_status else "BEGIN; "
+            begin = "" if raw.pgconn.transaction_status else f"{_BEGIN}; "
             asked = raw.execute(begin + _LOCK_AND_CLOCK, prepare=False)
             while asked.nextset():
                 pass
@@ -183,6 +183,7 @@ class Database:
             ) from error
 
 
+_BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # each statement sees all that was committed before it
 _CLOCK = "SELECT extract(epoch FROM clock_timestamp())"
 _LOCK_AND_CLOCK = f"SELECT pg_advisory_xact_lock({_APPENDERS}); {_CLOCK}"  # one journey to the server, not two
 
@@ -247,7 +248,7 @@ def _postgresql(url: sa.URL) -> Engine:
         if options.get("readonly"):
             connection.exec_driver_sql("BEGIN ISOLATION LEVEL REPEATABLE READ")
         elif not options.get("begun_by_lock"):
-            connection.exec_driver_sql("BEGIN")
+            connection.exec_driver_sql(_BEGIN)
 
     @sa.event.listens_for(engine, "checkout")
     def _prepare(raw: Any, *_: object) -> None:

@@ -158,6 +158,12 @@ class Runs:
             self.hold(connection, run)
             connection.execute(bodies.delete().where(bodies.c.request.in_(run.requests)))
 
+    def note(self, run: Run, why: str) -> None:
+        """Say why its requests are where they are, for people to read; nothing of it goes into the log."""
+        with self.database.write() as connection:
+            self.hold(connection, run)
+            connection.execute(requests.update().where(requests.c.run == run.id).values(why=why))
+
     def let_go(self, run: Run) -> None:
         """Let another worker, or the next attempt, take the run over at once; nothing if it was lost already."""
         with self.database.write() as connection:

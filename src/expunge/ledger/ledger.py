@@ -42,6 +42,7 @@ class Ledger:
         clock: Clock | None = None,
         now: Now | None = None,
         new_id: Callable[[], str] | None = None,
+        replace_anchor: bool = False,
         draw_keys: Callable[[], Iterator[bytes]] = record_keys,
     ) -> None:
         """Open the ledger, bringing an older one up to this release's form, and refuse one that went back in time.
@@ -52,6 +53,7 @@ class Ledger:
             origin: the log's name, on every checkpoint; fixed when the ledger is made.
             anchor: file that holds the last checkpoint, outside the database; None keeps none, and then an old backup
                 in the database's place is not noticed.
+            replace_anchor: write the checkpoint anew if it is lost: from then on this database counts as the newest.
             clock: when requests are due; GDPR if None.
             now, new_id, draw_keys: time, ids and record keys, for tests that must repeat.
 
@@ -69,6 +71,8 @@ class Ledger:
         self.commitments = Commitments(self.database, keys, draw_keys)
         self.models = Models(self.database, self.log, self.commitments, self.runs)
         self.certificates = Certificates(self.database, self.log, keys, self.commitments)
+        if replace_anchor and self.log.last_checkpoint() is None:
+            self.log.checkpoint()
         self.log.refuse_rollback()
 
     def _origin(self, origin: str) -> str:

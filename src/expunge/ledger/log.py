@@ -157,8 +157,23 @@ class Log:
         return self.checkpoint() if note is None else note
 
     def refuse_rollback(self) -> None:
-        """Corrupt if the database holds less, or other, than was signed: an old backup was put in its place."""
-        self._refuse_other_history(self.last_checkpoint())
+        """Refuse a database that holds less, or other, than was signed: an old backup was put in its place.
+
+        Raises:
+            Corrupt: if it does, or if the checkpoint outside is missing, so that nobody can tell.
+        """
+        signed = self.last_checkpoint()
+        if signed is None and self.anchor is not None and self._has_signed():
+            raise Corrupt(
+                f"the last checkpoint is missing from {self.anchor}, so that an old backup could not be told from the "
+                "newest ledger: mount or restore it; if it is lost for good, and you know that this ledger is the "
+                "newest, write it anew with: expunge log --replace-checkpoint"
+            )
+        self._refuse_other_history(signed)
+
+    def _has_signed(self) -> bool:
+        with self.database.read() as connection:
+            return connection.execute(sa.select(checkpoints.c.size).limit(1)).first() is not None
 
     def _refuse_other_history(self, signed: check.Checkpoint | None) -> None:
         if signed is None:

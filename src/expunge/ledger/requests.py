@@ -313,6 +313,10 @@ class Requests:
         self.log.append(connection, [(event, row["id"], {**(said or {}), **state})], now)
         if to in _TOLD:
             tell(connection, self.new_id(), row["id"], to.value, said or {}, now)
+            if row["extended"]:  # who asked was told why; the words of a person go when the request is done
+                told = canonical({"due_at": row["due_at"]}).decode("utf-8")
+                mine = (outbox.c.request == row["id"]) & (outbox.c.topic == "extended")
+                connection.execute(outbox.update().where(mine).values(data=told))
             if to is not State.COMPLETED:
                 connection.execute(bodies.delete().where(bodies.c.request == row["id"]))
         return _filed({**row, **new})

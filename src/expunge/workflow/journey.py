@@ -231,6 +231,10 @@ class Journey:
             self.ledger.runs.fail(run, str(error))
             self.steps.drop(run)
             return "failed"
+        except erasure.Leftovers as error:
+            self.ledger.runs.note(run, str(error))
+            self._let_go(run)
+            raise
         except BaseException:
             self._let_go(run)
             raise
