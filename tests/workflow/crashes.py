@@ -66,9 +66,9 @@ class Tapped(Keys):
     note: Path
 
     def sign_statement(self, payload: bytes) -> dict[str, Any]:
-        """Note it, durably enough for a kill, then sign."""
-        with self.note.open("a") as file:
-            file.write(hashlib.sha256(payload).hexdigest() + "\n")
+        """Note it, then sign. A file for each: a kill can cut a line in two where it crosses a page."""
+        self.note.mkdir(exist_ok=True)
+        (self.note / hashlib.sha256(payload).hexdigest()).touch()
         return super().sign_statement(payload)
 
 
@@ -343,7 +343,7 @@ def _of_certificates(workspace: Workspace) -> Iterator[str]:
     if len(removed) != gone:
         yield f"{gone} records are gone and {len(removed)} are certified"
     note, fixed = _signed(workspace.root), {hashlib.sha256(bytes(row.payload)).hexdigest() for row in rows}
-    signed = set(note.read_text().split()) if note.exists() else set()
+    signed = {path.name for path in note.iterdir()} if note.exists() else set()
     yield from (f"{one[:8]} was signed, and is no certificate" for one in sorted(signed - fixed))
     served = workspace.ledger.models.served(kit.MODEL)
     last = json.loads(bytes(rows[-1].payload))["subject"][0] if rows else {"digest": {"sha256": served.digest}}

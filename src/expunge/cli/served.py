@@ -81,7 +81,9 @@ class Source:
 
     def methods(self, trained: Trained) -> tuple[Method, Method]:
         """The method of this model, and the exact one for what is in doubt."""
-        return make_method(self.method, self.set, trained), Sisa() if trained.parts else Retrain()
+        quick = Sisa()  # not of shards that another build has trained
+        exact = quick if quick.supports(trained) is None else Retrain()
+        return make_method(self.method, self.set, trained), exact
 
     def mirror(self, name: str) -> Mirror | None:
         """The registry elsewhere that serves the model too, if one is named."""

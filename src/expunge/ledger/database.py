@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import select
 import sqlite3
@@ -164,7 +165,7 @@ class Database:
                 if busy:
                     raise Unwritable("another process reads the ledger, so its write-ahead log stays; run it again")
             else:
-                raw.execute("VACUUM FULL body, record")
+                raw.execute("VACUUM FULL body, record, request, run, outbox")
 
     def close(self) -> None:
         """Let go of all connections."""
@@ -181,6 +182,19 @@ class Database:
             raise Unwritable(
                 f"the ledger at {self} could not be read or written ({reason}); {changed}: mend it and run again"
             ) from error
+
+
+def _make_private(path: Path) -> None:
+    """Make the file for its owner alone; SQLite gives the files beside it the same mode."""
+    if not path.exists():
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        except FileExistsError:  # another process was quicker
+            return
+        except OSError as error:
+            raise Unwritable(
+                f"the folder {path.parent} does not take the ledger {path.name} ({error}); mend it"
+            ) from None
 
 
 _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"  # each statement sees all that was committed before it
@@ -212,6 +226,7 @@ def _sqlite(url: sa.URL) -> Engine:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Unwritable(f"the folder {folder} of the ledger could not be made ({error}); mend it") from None
+        _make_private(Path(url.database))
     waits = {} if "timeout" in url.query else {"timeout": 30}
     engine = sa.create_engine(url, connect_args=waits, hide_parameters=True)
 

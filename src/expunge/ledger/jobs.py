@@ -158,6 +158,14 @@ class Runs:
             self.hold(connection, run)
             connection.execute(bodies.delete().where(bodies.c.request.in_(run.requests)))
 
+    def let_fail(self, run: Run, request: str, why: str) -> Run:
+        """Take one request out of a run, which goes on with the others: it has failed, and may be tried again."""
+        with self.database.write() as connection:
+            self.hold(connection, run)
+            row = next(row for row in _requests_of(connection, run.id) if row["id"] == request)
+            self.filed.step(connection, row, State.FAILED, event="failed", said={"run": None}, why=why, run=None)
+        return replace(run, requests=tuple(one for one in run.requests if one != request))
+
     def note(self, run: Run, why: str) -> None:
         """Say why its requests are where they are, for people to read; nothing of it goes into the log."""
         with self.database.write() as connection:

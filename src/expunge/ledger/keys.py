@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -20,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from expunge.core.coins import generator
 from expunge.core.errors import Misuse, UnreadableFile
 from expunge.core.store import write_atomically
 from expunge.ledger import check
@@ -116,6 +118,11 @@ class Keys:
     def pseudonym(self, name: str) -> str:
         """32 hexadecimal digits that stand for a record's or a person's name, the same each time."""
         return hmac.digest(self.pepper, b"name\0" + name.encode("utf-8"), "sha256").hex()[:32]
+
+    def coins(self, *names: str) -> torch.Generator:
+        """Coins that only who holds these keys can throw again: what they decide cannot be undone by a reader."""
+        data = b"coins\0" + check.canonical(list(names))
+        return generator(int.from_bytes(hmac.digest(self.pepper, data, "sha256")[:8], "big") >> 1)
 
     def mac(self, data: bytes) -> str:
         """A digest of a request's body or key, of no use to who does not hold these keys."""

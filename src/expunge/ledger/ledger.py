@@ -7,6 +7,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from expunge.core.errors import Misuse
 from expunge.ledger.certificates import Certificates
 from expunge.ledger.clock import GDPR, Clock
 from expunge.ledger.commitments import Commitments
@@ -80,7 +81,12 @@ class Ledger:
             known = connection.execute(sa.select(meta.c.value).where(meta.c.name == "origin")).scalar()
             if known is None:
                 connection.execute(meta.insert().values(name="origin", value=origin))
-        return str(known or origin)
+        if known is not None and known != origin:
+            raise Misuse(
+                f'this database holds the ledger "{known}", and "{origin}" was asked for: two workspaces cannot '
+                "share one, so give each a database of its own"
+            )
+        return origin
 
     def verify(self) -> list[str]:
         """Check everything against everything; what is wrong, one line each, none if all is well.
@@ -99,6 +105,8 @@ class Ledger:
             if count:
                 said = {"run": run, "keys": count}
                 self.log.append(connection, [("keys destroyed", "", said)], self.database.utc(connection))
+        if count:
+            self.database.forget_pages()
         return count
 
     def close(self) -> None:

@@ -198,7 +198,7 @@ class Log:
             return
         try:
             self.anchor.parent.mkdir(parents=True, exist_ok=True)
-            with self.anchor.with_name(self.anchor.name + ".lock").open("w") as lock:
+            with self.anchor.with_name(self.anchor.name + ".lock").open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 yield self.last_checkpoint()
         except OSError as error:

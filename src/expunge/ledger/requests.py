@@ -274,7 +274,10 @@ class Requests:
         return self._move(request_id, to, event=event, said=said, exact=exact, why=held)
 
     def release(self, request_id: str, *, exact: bool = False) -> Filed:
-        """Let a held, withheld or failed request go on, to an exact method if asked."""
+        """Let a held, withheld or failed request go on, to an exact method if asked.
+
+        One that was held before any stage had judged it is screened anew.
+        """
         filed = self.get(request_id)
         if filed.state not in (State.HELD, State.WITHHELD, State.FAILED):
             raise NotNow(
@@ -283,7 +286,11 @@ class Requests:
             )
         exact = exact or filed.exact
         said = {"exact": exact, "run": None}
-        return self._move(request_id, State.PENDING, event="released", said=said, exact=exact, why=None, run=None)
+        screened = any(
+            entry.kind in ("held", "screened") and entry.body["stages"] for entry in self.log.entries(request_id)
+        )
+        to = State.PENDING if screened or filed.state is not State.HELD else State.SCREENING
+        return self._move(request_id, to, event="released", said=said, exact=exact, why=None, run=None)
 
     def _move(self, request_id: str, to: State, **how: Any) -> Filed:
         with self.database.write() as connection:

@@ -39,7 +39,7 @@ STEPS: Mapping[State, frozenset[State]] = MappingProxyType(
         _S.RECEIVED: _OPEN | {_S.SCREENING, _S.IDENTITY_UNVERIFIED},
         _S.IDENTITY_UNVERIFIED: _OPEN | {_S.RECEIVED, _S.EXPIRED},
         _S.SCREENING: _OPEN | {_S.PENDING, _S.HELD},
-        _S.HELD: _OPEN | {_S.PENDING},
+        _S.HELD: _OPEN | {_S.PENDING, _S.SCREENING},
         _S.PENDING: _OPEN | {_S.RUNNING},
         _S.RUNNING: frozenset({_S.VERIFYING, _S.FAILED}),
         _S.VERIFYING: frozenset({_S.COMPLETED, _S.WITHHELD, _S.FAILED}),

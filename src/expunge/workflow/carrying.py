@@ -10,7 +10,7 @@ from torch import Generator
 from expunge.core.claim import Claim, Exactness, Guarantee
 from expunge.core.errors import Corrupt, Unsupported
 from expunge.core.events import Event, Retrained
-from expunge.core.protocols import Method
+from expunge.core.protocols import Method, Unlearned
 from expunge.core.records import Records
 from expunge.core.request import Request
 from expunge.core.trained import Trained
@@ -68,9 +68,9 @@ def carry_out(
     taken: set[str] = set()
     for name, request in requests.items():
         refuse_replacement(request)
-        split = request.split(records, ids=trained.ids, gone=trained.gone)
-        mine[name] = frozenset(split.forget.ids) - taken
-        already[name] = split.already + len(split.forget) - len(mine[name])
+        split = request.split(records, ids=trained.ids - taken, gone=trained.gone | taken)
+        mine[name] = frozenset(split.forget.ids)
+        already[name] = split.already
         taken |= mine[name]
     if not taken:
         return _unchanged(trained, mine, already)
@@ -81,15 +81,17 @@ def carry_out(
     else:
         answer = method(trained, records, together, rng=rng)
     _refuse_other_books(trained, answer.trained, frozenset(taken))
+    _refuse_other_parts(trained, answer)
+    claim = answer.claim if answer.claim is Claim.EXACT else Claim.weaker(answer.claim, trained.standing)
     if witness is not None:
         witness.due = trained.ids - taken
     return Carried(
         trained=answer.trained if answer.claim is Claim.EXACT else _without_log(answer.trained),
         mine=mine,
         already=already,
-        claim=answer.claim,
+        claim=claim,
         exactness=answer.exactness,
-        guarantee=answer.guarantee,
+        guarantee=answer.guarantee if claim is Claim.CERTIFIED else None,
         events=answer.events,
         witness=witness,
         changed=True,
@@ -110,6 +112,20 @@ def _refuse_other_books(before: Trained, after: Trained, taken: frozenset[str]) 
         raise Corrupt("the method's model still names records that were to be removed, or not all as gone; mend it")
     if after.ids - before.ids:
         raise Corrupt("the method's model stands on records that the model before did not stand on; mend the method")
+
+
+def _refuse_other_parts(before: Trained, answer: Unlearned) -> None:
+    """A part that the method does not say it trained anew must be the one that it was, to the bit."""
+    anew = {event.part for event in answer.events if isinstance(event, Retrained)}
+    if answer.claim is not Claim.EXACT or -1 in anew or not answer.trained.parts:
+        return
+    if len(before.parts) != len(answer.trained.parts):
+        raise Corrupt("the method handed back another number of parts, and does not say that all were trained anew")
+    for index, (old, new) in enumerate(zip(before.parts, answer.trained.parts, strict=True)):
+        if index not in anew and (old.ids != new.ids or old.digest() != new.digest()):
+            raise Corrupt(
+                f"part {index} was changed, or its books were, and the method does not say that it was trained"
+            )
 
 
 def _without_log(trained: Trained) -> Trained:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import expunge
 from expunge.core.errors import ExpungeError
 from expunge.core.records import Records
 from expunge.ledger.states import State
-from expunge.ledger.sweep import Needles, Sweep, sweep
+from expunge.ledger.sweep import Leftover, Needles, Sweep, sweep
 from expunge.workflow.workspace import Workspace
 
 
@@ -41,7 +44,10 @@ def retire(workspace: Workspace, name: str, serving: str, removed: Collection[st
     """
     retired = due(workspace, name, serving, removed)
     for folder in others(workspace, name, serving):
-        shutil.rmtree(folder)
+        if folder.is_symlink():
+            folder.unlink()
+        else:
+            shutil.rmtree(folder)
     derived = [artefact.digest for artefact in workspace.store.derived_from(removed)]
     if derived:
         workspace.store.delete(*derived)
@@ -73,14 +79,14 @@ def others(workspace: Workspace, name: str, serving: str) -> list[Path]:
 
 def torn(root: Path) -> list[Path]:
     """Temporary files. Who writes models holds a run, who writes checkpoints their lock: so their writers are dead."""
-    return [path for path in root.rglob(".*.part") if path.is_file()]
+    return [path for path in root.rglob(".*.part") if path.is_file() and not path.name.startswith(".expunge.toml.")]
 
 
 @contextmanager
 def _no_checkpoint(workspace: Workspace) -> Iterator[None]:
     """Within: nobody writes the checkpoint, so that its unfinished files are of writers that were killed."""
     anchor = workspace.root / workspace.config.anchor
-    with anchor.with_name(anchor.name + ".lock").open("w") as lock:
+    with anchor.with_name(anchor.name + ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -88,7 +94,10 @@ def _no_checkpoint(workspace: Workspace) -> Iterator[None]:
 def asked_still(workspace: Workspace, gone: Records) -> frozenset[str]:
     """Ids and owners of removed records that stand in a request which waits: its own run will look for them."""
     found: set[str] = set()
+    told = {one["request"]: one["data"] for one in workspace.ledger.requests.outbox() if one["topic"] == "extended"}
     for filed in workspace.ledger.requests.find(state=[state for state in State if not state.final]):
+        said = f"{filed.why} {told.get(filed.id, '')}"  # what people wrote of it, until it is done
+        found |= {name for name in (*gone.ids, *gone.owners) if name in said}
         with suppress(ExpungeError):  # it was done meanwhile, or means no record that is gone
             request = workspace.asked(filed.id)
             found |= {*request.ids, request.owner or ""}
@@ -117,9 +126,57 @@ def look(workspace: Workspace, forget: Records, stays: Records, asked: Asked = f
         if not any(why.endswith(_VANISHED) for _, why in found.not_searched):
             break
     waiting |= asked()  # filed meanwhile
-    waits, ours = {names[name] for name in waiting if name in names}, _files_of_ledger(workspace)
-    left = [one for one in found.leftovers if one.record not in waits or one.path not in ours]
+    waits = {names[name] for name in waiting if name in names}
+    words = {names[name] for name in names if name in _words(workspace)}
+    ledgers, ours = ({needles.hide(path) for path in of(workspace)} for of in (_files_of_ledger, _files_of_ours))
+
+    def excused(one: Leftover) -> bool:
+        by_name = one.form in ("id", "owner")
+        return (one.record in waits and one.path in ledgers) or (
+            by_name and one.record in words and (one.path in ours or one.offset < 0)  # below 0: in a file's name
+        )
+
+    left = [one for one in found.leftovers if not excused(one)]
+    for path in _copies(workspace):
+        left.append(Leftover(path=path, form="copy of a model", through=(), record="", offset=0))
     return replace(found, leftovers=tuple(left))
+
+
+def _words(workspace: Workspace) -> set[str]:
+    """Words that stand in files of ours whoever is removed: those of this program, of the settings and of the models.
+
+    An owner who is called "model" or "completed" is looked for everywhere but there.
+    """
+    text = (workspace.root / "expunge.toml").read_text(encoding="utf-8")
+    text += " ".join(one.name for one in workspace.ledger.models.all())
+    return _words_of_program() | set(re.findall(r"[\w.-]+", text)) | set(re.findall(r"\w+", text))
+
+
+@cache
+def _words_of_program() -> set[str]:
+    root = Path(expunge.__file__).parent
+    found: set[str] = set()
+    for path in root.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        found |= set(re.findall("[A-Za-z_]+", text))
+    return found
+
+
+def _files_of_ours(workspace: Workspace) -> set[str]:
+    """Relative to the workspace: the ledger's files, the settings, and what is written beside models' parameters."""
+    books = {path.relative_to(workspace.root).as_posix() for path in workspace.root.glob("models/**/trained.json")}
+    return _files_of_ledger(workspace) | books | {"expunge.toml"}
+
+
+def _copies(workspace: Workspace) -> list[str]:
+    """Saved models in the workspace that are no version of a model that is served: nobody would retire them."""
+    homes = {workspace.root / "models" / one.name for one in workspace.ledger.models.all()}
+    found = []
+    for path in workspace.root.rglob("trained.json"):
+        inside = path.relative_to(workspace.root).parts
+        if "part-" not in path.parent.name and not (len(inside) == 4 and path.parent.parent in homes):
+            found.append(path.parent.relative_to(workspace.root).as_posix())
+    return sorted(found)
 
 
 def _files_of_ledger(workspace: Workspace) -> set[str]:

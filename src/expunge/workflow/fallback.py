@@ -45,9 +45,13 @@ class FallBack:
         """
         started = time.perf_counter()
         forget = frozenset(request.split(records, ids=trained.ids, gone=trained.gone).forget.ids)
+        if self.model.standing is not Claim.EXACT:
+            raise Misuse(
+                "nobody can tell what the fallback has read, for it was changed after training; declare another"
+            )
         if self.model.ids & forget:
             raise Misuse("the fallback was trained on records that must go; declare one that was not")
-        if self.model.ids - trained.ids:
+        if self.model.ids - trained.ids:  # gone ones among them
             raise Misuse("the fallback was trained on records that the model does not stand on; declare another")
         after = replace(self.model, gone=trained.gone | forget)
         return Unlearned(

@@ -125,7 +125,10 @@ class Journey:
         held = [filed.id for filed in self._waiting(State.RECEIVED, State.SCREENING) if self.screen(filed)]
         done: dict[str, list[str]] = {"completed": [], "withheld": [], "failed": []}
         while (run := self._claim(worker, now)) is not None:
-            done[self._carry(run)] += run.requests
+            before = run.requests
+            ended, run = self._carry(run)
+            done[ended] += run.requests
+            done["failed"] += [one for one in before if one not in run.requests]
         self._tidy()
         waiting = tuple(filed.id for filed in self._waiting(State.PENDING))
         self.ledger.certificates.sign()
@@ -181,6 +184,7 @@ class Journey:
         try:
             request = self.workspace.asked(filed.id)
             refuse_replacement(request)
+            trained = steps.knowing(trained, [request])
             request.split(steps.records, ids=trained.ids, gone=trained.gone)
         except ExpungeError as error:
             self.ledger.requests.screened(filed.id, held=f"cannot be carried out as it stands: {error}")
@@ -209,8 +213,8 @@ class Journey:
         urgent = any(filed.exact or moment(filed.updated_at) <= oldest for filed in pending)
         return urgent or len(pending) >= self.policy.count
 
-    def _carry(self, run: Run) -> str:
-        """Take a run through all steps that it has not made yet; how it ended."""
+    def _carry(self, run: Run) -> tuple[str, Run]:
+        """Take a run through all steps that it has not made yet; how it ended, and with which requests."""
         try:
             with self._held(run):
                 if run.step == "claimed":
@@ -218,7 +222,7 @@ class Journey:
                 if run.step == "unlearned":
                     run, ended = self.steps.verify(run)
                     if ended is not None:
-                        return ended
+                        return ended, run
                 if run.step == "verified":
                     run = self.steps.switch(run)
                 if run.step == "switched":
@@ -230,7 +234,7 @@ class Journey:
                 raise
             self.ledger.runs.fail(run, str(error))
             self.steps.drop(run)
-            return "failed"
+            return "failed", run
         except erasure.Leftovers as error:
             self.ledger.runs.note(run, str(error))
             self._let_go(run)
@@ -238,7 +242,7 @@ class Journey:
         except BaseException:
             self._let_go(run)
             raise
-        return "completed"
+        return "completed", run
 
     def _tidy(self) -> None:
         """Delete what workers left behind that were killed or taken over, while no run is active and none can begin."""

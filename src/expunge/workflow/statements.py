@@ -15,6 +15,7 @@ from expunge.ledger.tree import set_of_leaves
 OUTSIDE = (
     "copies of the data outside the workspace: source files, backups, exports",
     "copies of the model outside the workspace, unless named as retired",
+    "other models trained on the same records, here or elsewhere: each needs a request of its own",
     "the write-ahead log and backups of a PostgreSQL server, if the ledger is kept in one",
     "blocks that the disk has freed and not yet overwritten",
 )
@@ -100,8 +101,9 @@ def _texts(value: Any) -> Any:
 
 
 def method_of(method: object) -> dict[str, Any]:
-    """A method's name and settings, numbers as text."""
-    settings = fields(method) if is_dataclass(method) else ()
+    """A method's name and settings, numbers as text; of a certified one the name alone: its guarantee says the rest."""
+    certified = getattr(method, "claim", None) is Claim.CERTIFIED
+    settings = fields(method) if is_dataclass(method) and not certified else ()
     said = {one.name: getattr(method, one.name) for one in settings}
     return {
         "name": getattr(method, "name", type(method).__name__),

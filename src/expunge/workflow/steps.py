@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Final
 
 from expunge.core.claim import Claim
-from expunge.core.coins import generator, seed_of
 from expunge.core.digest import sha256_hex
-from expunge.core.errors import Overtaken, Unwritable
+from expunge.core.errors import Corrupt, Misuse, Overtaken, Unwritable
 from expunge.core.protocols import Failed, Held, Job, Method, NotDone, Passed, Stage
 from expunge.core.records import Records
 from expunge.core.request import Request
 from expunge.core.trained import Trained
+from expunge.ledger import check
 from expunge.ledger.check import canonical
 from expunge.ledger.failpoints import failpoint
 from expunge.ledger.jobs import Run, Statement
@@ -66,27 +66,38 @@ class Steps:
         """The model that is served now."""
         return self.workspace.serving(self.model, self.names)
 
+    def knowing(self, trained: Trained, requests: Iterable[Request]) -> Trained:
+        """The model, its books naming the gone records that these requests name by ids that left the data set."""
+        asked = {one for request in requests for one in request.ids}
+        name = self.workspace.keys.pseudonym
+        return replace(trained, gone=trained.gone | {one for one in asked if name(one) in trained.gone})
+
     def outcome(self, name: str, job: Job, of: str) -> Outcome:
         """What a stage says of a job; `of` names its coins."""
         stage = self.stages.get(name)
         if stage is None:
             return NotDone(why=NOT_DONE)
-        return stage(job, rng=generator(seed_of("stage", name, of)))
+        return stage(job, rng=self.workspace.keys.coins("stage", name, of))
 
     def unlearn(self, run: Run) -> Run:
         """Carry the requests out, and save the result, which nobody is served yet."""
         served = self.ledger.models.served(self.model)
         self.tell(f"unlearn for {len(run.requests)} requests", 0, 1)
-        trained = self.served()
         requests = {name: self.workspace.asked(name) for name in run.requests}
+        trained = self.knowing(self.served(), requests.values())
+        run, requests = self._possible(run, requests, trained)
         method = self.exact if run.exact else self.method
-        rng = generator(seed_of("run", run.id))
+        rng = self.workspace.keys.coins("run", run.id)
         with self.ledger.database.read() as connection:
             before = self.ledger.models.standing_on(connection, self.model)
             anchor = self.ledger.models.anchored(connection, self.model).index
             openings = self.ledger.commitments.openings(connection, self.model)
-        carried = carry_out(method, trained, self.records, requests, rng=rng)
         name = self.workspace.keys.pseudonym
+        if set(map(name, trained.ids)) != set(openings):
+            raise Corrupt(
+                f"the served model says that it stands on {len(trained.ids):,} records, and the ledger on others"
+            )
+        carried = carry_out(method, trained, self.records, requests, rng=rng)
         left = trained.ids - carried.trained.ids
         read = None
         if carried.witness is not None:
@@ -119,6 +130,19 @@ class Steps:
                 shutil.rmtree(self.workspace.root / folder, ignore_errors=True)
             raise
 
+    def _possible(self, run: Run, requests: Mapping[str, Request], trained: Trained) -> tuple[Run, dict[str, Request]]:
+        """The run without the requests that cannot be carried out any more: they fail, and the others go on."""
+        possible = dict(requests)
+        for name, request in requests.items():
+            try:
+                request.split(self.records, ids=trained.ids, gone=trained.gone)
+            except Misuse as error:
+                if len(possible) == 1:
+                    raise
+                run = self.ledger.runs.let_fail(run, name, str(error))
+                del possible[name]
+        return run, possible
+
     def _keep(self, run: Run, trained: Trained, folder: str) -> None:
         try:
             self.workspace.keep(trained, folder)
@@ -128,7 +152,7 @@ class Steps:
 
     def _claim_of(self, carried: Carried) -> dict[str, Any]:
         if not carried.changed:
-            caveat = "Nothing was left to remove: the records were removed before, under certificates of their own."
+            caveat = "Nothing was left to remove: the model as served did not stand on these records any more."
             return claim_of(Claim.NONE, None, None, caveat)
         caveat = carried.claim.caveat(carried.exactness)
         return claim_of(carried.claim, carried.exactness, carried.guarantee, caveat)
@@ -192,7 +216,7 @@ class Steps:
             self.ledger.runs.hold(connection, run)
             retired = due + erasure.retire(self.workspace, self.model, after["folder"], gone)
         rows = self._rows(frozenset(run.detail["named"]))
-        found = None
+        found, lost = None, len(run.detail["named"]) - len(rows)
         if len(rows):
             waiting = partial(erasure.asked_still, self.workspace, rows)
             found = erasure.look(self.workspace, rows, self._stays(rows), waiting)
@@ -203,7 +227,7 @@ class Steps:
         if found is not None:
             erasure.refuse_leftovers(found)
         failpoint("after erase")
-        return self.ledger.runs.record(run, "erased", sweep=None if found is None else _summary(found))
+        return self.ledger.runs.record(run, "erased", sweep=None if found is None else _summary(found, lost))
 
     def _mirror(self, run: Run) -> tuple[str | None, list[dict[str, Any]]]:
         if self.mirror is None:
@@ -245,8 +269,11 @@ class Steps:
             already = run.detail["already"][request]
             payload = statement(filed, run.detail, stages, removed, already, completed_at, run.id)
             statements[request] = Statement(payload=payload, removed=removed)
+        difference = self._difference(run, known)
+        for one in statements.values():
+            _refuse_unsound(one, difference)
         self._certify_mirror(run, statements)  # before the commit: who dies in between does it again
-        self.ledger.runs.complete(run, statements, self._difference(run, known))
+        self.ledger.runs.complete(run, statements, canonical(difference))
         self.ledger.certificates.sign()
         self.ledger.log.checkpoint()
 
@@ -258,7 +285,7 @@ class Steps:
             return {"name": "screen", "outcome": "passed", "why": "nothing was flagged"}
         if word == "not done":
             return {"name": "screen", "outcome": "not done", "why": NOT_DONE}
-        after = "a person released it" if judged.kind == "held" else "it was carried out by an exact method"
+        after = "a person released it" if judged.kind == "held" else "it was sent to an exact method"
         before = "it was flagged" if word == "held" else "the screen itself failed"
         return {"name": "screen", "outcome": "held", "why": f"{before}, and {after}"}
 
@@ -269,13 +296,13 @@ class Steps:
             payloads = b"".join(statements[name].payload for name in sorted(statements))
             self.mirror.certify(version, sha256_hex(payloads))
 
-    def _difference(self, run: Run, known: Mapping[str, bytes]) -> bytes:
+    def _difference(self, run: Run, known: Mapping[str, bytes]) -> dict[str, Any]:
         """Proof that the set after is the set before without the removed records."""
         left = sorted(known[name] for name in run.detail["left"])
         with self.ledger.database.read() as connection:
             before = self.ledger.commitments.present(connection, self.model).plus(left)
         removal = before.removal(left) if left else []
-        return canonical({"removed": [one.hex() for one in left], "removal": removal, "added": [], "addition": []})
+        return {"removed": [one.hex() for one in left], "removal": removal, "added": [], "addition": []}
 
 
 NOT_DONE = "no such stage was configured"
@@ -288,20 +315,38 @@ def word_of(outcome: Outcome) -> str:
 
 def _why(outcome: Outcome) -> str:
     """What may be published of a stage's outcome: of one that looked at records, only that it let them pass."""
-    return outcome.why if isinstance(outcome, NotDone) else "nothing was found against the release"
+    if isinstance(outcome, NotDone):
+        return NOT_DONE if outcome.why == NOT_DONE else "the stage says that it was not done"
+    return "nothing was found against the release"
 
 
-def _summary(found: Sweep) -> dict[str, Any]:
+def _summary(found: Sweep, lost: int) -> dict[str, Any]:
     """What a certificate says of a sweep: how much was searched, and for how many only in part."""
     return {
         "files": found.files,
         "bytes": found.size_bytes,
         "clean": found.clean,
         "records": found.records,
+        "notInSource": lost,
         "notByContent": found.not_searched_by_content,
         "notAsText": found.not_searched_as_text,
         "namesOnlyAsQuotedText": found.not_searched_by_id,
     }
+
+
+def _refuse_unsound(statement: Statement, difference: dict[str, Any]) -> None:
+    """Corrupt if who checks the certificate would refuse it: then it is not committed."""
+    said = check.parse(statement.payload)
+    removed = {"commitments": [member.hex() for member in sorted(statement.removed)]}
+    bundle = {"removed": removed, "difference": difference}
+    try:
+        check.check_form(said)
+        check.check_removed(bundle, said)
+        check.check_difference(bundle, said)
+    except check.Refused as error:
+        raise Corrupt(
+            f"what was done does not add up ({error}), so nothing is certified; check: expunge log --verify"
+        ) from None
 
 
 def _distinct(found: list[dict[str, Any]]) -> list[dict[str, Any]]:

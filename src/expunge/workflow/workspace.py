@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import tomllib
@@ -106,8 +107,8 @@ class Workspace:
         Raises:
             Misuse: if the name is taken or unusable, or the records are not those that the model was trained on.
         """
-        if not name or not set(name.lower()) <= set("abcdefghijklmnopqrstuvwxyz0123456789-_"):
-            raise Misuse(f'a model is called by letters, digits, "-" and "_", got "{name}"')
+        if not re.fullmatch("[A-Za-z0-9_-]{1,80}", name):
+            raise Misuse(f'a model is called by letters, digits, "-" and "_", 80 at most, got {name[:90]!a}')
         if any(one.name == name for one in self.ledger.models.all()):
             raise Misuse(f'there is a model "{name}" already; choose another name')
         standing = records.take(sorted(trained.ids))
@@ -117,11 +118,15 @@ class Workspace:
                 "differ; give the same data, read with the same options"
             )
         folder = f"models/{name}/v0001"
-        shutil.rmtree(self.root / folder, ignore_errors=True)  # of a registration that did not get to its end
+        if (self.root / folder).exists():  # of a registration that did not get to its end, or is going on
+            folder += f"-{secrets.token_hex(4)}"
         if settings is not None:
             self._write_settings(name, settings)  # first: settings of no model say nothing, a model without cannot run
         self.keep(_without_batches(trained), folder)
         self.ledger.models.register(name, trained.digest(), folder, standing)
+        for path in (self.root / folder).parent.iterdir():  # the name is ours now, so these were interrupted
+            if path != self.root / folder:
+                shutil.rmtree(path, ignore_errors=True)
         return self.ledger.models.served(name)
 
     def _write_settings(self, name: str, settings: Mapping[str, Any]) -> None:
