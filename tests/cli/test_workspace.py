@@ -347,7 +347,7 @@ def test_the_help_of_deny_lists_every_reason_and_no_other(expunge):
 def test_a_released_request_is_carried_out_exactly_if_asked(ask, opened):
     request = ask("request", "churn", "--owner", "c-1")["id"]
     opened.ledger.requests.screening(request)
-    opened.ledger.requests.screened(request, held="it looks odd")
+    opened.ledger.requests.screened(request, held="it looks odd", stages=["screen: held"])
     assert ask("status", request)["why"] == "it looks odd"
     released = ask("release", request, "--exact")
     assert (released["state"], released["exact"], released["why"]) == ("pending", True, None)
