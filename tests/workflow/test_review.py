@@ -1,7 +1,9 @@
 """What a hostile reader found: names that are words of ours, false books, liars that retrain nothing, lost requests."""
 
+import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from expunge import Records, Request, Sharding, Sisa
 from expunge.core.errors import Corrupt, Misuse
 from expunge.core.events import Retrained
 from expunge.ledger.ledger import Ledger
+from expunge.ledger.sweep import Needles
 from expunge.unlearn import FineTune
-from expunge.workflow import FallBack, Leftovers, Workspace
+from expunge.workflow import FallBack, Leftovers, Workspace, erasure
 from expunge.workflow.steps import Steps
 from tests.workflow import kit
 
@@ -126,6 +129,24 @@ def test_a_copy_of_an_old_model_in_the_workspace_is_a_leftover(place):
     with pytest.raises(Leftovers, match="copy of a model in notes/old"):
         here.run()
     assert here.state(asked) == "verifying"
+
+
+def test_a_sweep_does_not_give_up_the_locks_that_sqlite_holds(place):
+    """POSIX cancels all locks of a process on a file when it closes any descriptor of it; /proc/locks shows them."""
+    here = place()
+    rows = here.records.of_owner(ANN)
+    stays = here.records.without(rows.ids)
+    inode = (here.root / "ledger.db-shm").stat().st_ino
+    with here.ledger.database.read() as connection:
+        connection.exec_driver_sql("SELECT count(*) FROM entry").all()
+        before = locks_on(inode)
+        erasure._searched(here.workspace, Needles.of(rows, beside=stays))
+        assert locks_on(inode) == before != []
+
+
+def locks_on(inode):
+    lines = Path("/proc/locks").read_text().splitlines()
+    return sorted(line.split(": ", 1)[1] for line in lines if f":{inode} " in line and f" {os.getpid()} " in line)
 
 
 def test_the_certificate_says_how_much_was_searched(place):

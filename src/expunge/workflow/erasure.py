@@ -7,6 +7,9 @@ import fcntl
 import os
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -122,7 +125,7 @@ def look(workspace: Workspace, forget: Records, stays: Records, asked: Asked = f
     waiting = asked()
     for _ in range(_TRIES):
         workspace.ledger.database.forget_pages()
-        found = sweep(workspace.root, needles)
+        found = _searched(workspace, needles)
         if not any(why.endswith(_VANISHED) for _, why in found.not_searched):
             break
     waiting |= asked()  # filed meanwhile
@@ -140,6 +143,45 @@ def look(workspace: Workspace, forget: Records, stays: Records, asked: Asked = f
     for path in _copies(workspace):
         left.append(Leftover(path=path, form="copy of a model", through=(), record="", offset=0))
     return replace(found, leftovers=tuple(left))
+
+
+def _searched(workspace: Workspace, needles: Needles) -> Sweep:
+    """The workspace searched; the files of a SQLite ledger by way of copies that another process makes.
+
+    Opening and closing them in this process would cancel the locks that SQLite holds on them: POSIX gives them up when
+    any descriptor of the file is closed. Another process would then take the ledger for unused, and cut off its
+    write-ahead log with what is committed in it.
+    """
+    inside = [workspace.root / name for name in sorted(_files_of_ledger(workspace))]
+    there = [path for path in inside if path.is_file()]
+    found = sweep(workspace.root, needles, skip=inside)
+    if not there:
+        return found
+    with tempfile.TemporaryDirectory(prefix="expunge-sweep-") as folder:
+        copies = [Path(folder) / path.name for path in there]
+        pairs = [str(one) for pair in zip(there, copies, strict=True) for one in pair]
+        subprocess.run([sys.executable, "-I", "-S", "-c", _COPY, *pairs], check=True)
+        ledgers = sweep(Path(folder), needles)
+    home = there[0].parent.relative_to(workspace.root)
+    moved = [replace(one, path=(home / one.path).as_posix()) for one in ledgers.leftovers]
+    return replace(
+        found,
+        leftovers=(*found.leftovers, *moved),
+        files=found.files + ledgers.files,
+        size_bytes=found.size_bytes + ledgers.size_bytes,
+        not_searched=(*found.not_searched, *ledgers.not_searched),
+    )
+
+
+_COPY = """
+import shutil, sys
+names = sys.argv[1:]
+for source, copy in zip(names[::2], names[1::2]):
+    try:
+        shutil.copyfile(source, copy)
+    except FileNotFoundError:  # the write-ahead log comes and goes
+        pass
+"""
 
 
 def _words(workspace: Workspace) -> set[str]:
