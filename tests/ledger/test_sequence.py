@@ -142,7 +142,7 @@ class Sequence(RuleBasedStateMachine):
                 self.ledger.requests._move(want.id, State.SCREENING, event="screening")
             return
         self.ledger.requests.screening(want.id)
-        self.ledger.requests.screened(want.id, held="odd" if held else None, exact=exact)
+        self.ledger.requests.screened(want.id, held="odd" if held else None, exact=exact, stages=["screen: judged"])
         self.move(want, State.SCREENING)
         self.move(want, State.HELD if held else State.PENDING)
         want.exact = exact

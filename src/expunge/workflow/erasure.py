@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import expunge
 from expunge.core.errors import ExpungeError
 from expunge.core.records import Records
 from expunge.ledger.states import State
@@ -196,7 +195,7 @@ def _words(workspace: Workspace) -> set[str]:
 
 @cache
 def _words_of_program() -> set[str]:
-    root = Path(expunge.__file__).parent
+    root = Path(__file__).parents[1]
     found: set[str] = set()
     for path in root.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
