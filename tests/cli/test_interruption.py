@@ -33,7 +33,13 @@ def started(folder, *words):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=_hears_interrupts,
     )
+
+
+def _hears_interrupts():
+    """Who is started in the background by a shell ignores interrupts, and hands that on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def until(found, process):
