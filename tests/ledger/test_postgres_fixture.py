@@ -176,7 +176,13 @@ ON_BOTH = "test_the_kinds_are_what_they_are_called"
 
 @pytest.mark.parametrize(("required", "outcome"), [("", "1 skipped"), ("1", "1 error")])
 def test_without_postgresql_a_test_is_skipped_unless_all_must_run(required, outcome, tmp_path):
-    for name in ("ledger/conftest.py", "ledger/postgres.py", "ledger/test_postgres_fixture.py", "conftest.py"):
+    for name in (
+        "ledger/conftest.py",
+        "ledger/kit.py",
+        "ledger/postgres.py",
+        "ledger/test_postgres_fixture.py",
+        "conftest.py",
+    ):
         copy = tmp_path / "tests" / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text((FOLDER.parent / name).read_text() + (WITHOUT if name == "ledger/conftest.py" else ""))

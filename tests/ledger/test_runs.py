@@ -16,33 +16,6 @@ from expunge.ledger.tables import run as runs
 from tests.ledger import kit
 
 
-@pytest.fixture
-def time():
-    return kit.Time()
-
-
-@pytest.fixture(scope="module")
-def shared_postgres_url(postgres_server):
-    """Emptied before each test: making a database takes a second where disks are slow."""
-    with postgres_server.database() as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request, tmp_path):
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/ledger.db"
-    return kit.emptied(request.getfixturevalue("shared_postgres_url"))
-
-
-@pytest.fixture
-def ledger(url, time):
-    with_rows = kit.opened(url, now=time)
-    kit.register(with_rows)
-    yield with_rows
-    with_rows.close()
-
-
 def writes(ledger, run):
     """Everything that a worker can do with its run."""
     served = Served(name="m", version=ledger.models.served("m").version + 1, digest="c" * 64, folder="other")

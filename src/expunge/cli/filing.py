@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import date, datetime, time, tzinfo
 from pathlib import Path
 
 from expunge.core.digest import sha256_hex
-from expunge.core.errors import Misuse, OtherBody, UnreadableFile
+from expunge.core.errors import Misuse, UnreadableFile
 from expunge.core.request import Request
-from expunge.ledger.check import canonical
-from expunge.ledger.requests import Filed, Submission
+from expunge.ledger.requests import Filed
 from expunge.workflow import Workspace
+from expunge.workflow.workspace import submission
 
 
 def received(text: str | None, zone: tzinfo) -> datetime | None:
@@ -106,28 +107,16 @@ def file_all(
     """
     workspace.ledger.models.served(model)
     lone = len(requests) == 1 and next(iter(requests)) == ""
-    submissions = [
-        Submission(
-            model=model,
-            kind=request.kind,
-            body=body_of(request),
-            key="" if key is None else key if lone else f"{key}/{name}",
-            received_at=received_at,
-            identified=identified,
-        )
-        for name, request in requests.items()
-    ]
-    for one in submissions:
-        known = workspace.ledger.requests.by_key(one.key) if one.key else None
-        if known is not None and known.model != model:
-            raise OtherBody(f'this key was used before for a request about "{known.model}"; use a new key')
-    return workspace.ledger.requests.submit_many(submissions)
-
-
-def body_of(request: Request) -> bytes:
-    """What is kept of a request until it is done: the same bytes as `Workspace.file` keeps."""
-    return canonical(
-        {name: value for name, value in request.to_json().items() if name not in ("received_at", "due_at")}
+    return workspace.ledger.requests.submit_many(
+        [
+            submission(
+                model,
+                replace(request, received_at=received_at),
+                key="" if key is None else key if lone else f"{key}/{name}",
+                identified=identified,
+            )
+            for name, request in requests.items()
+        ]
     )
 
 

@@ -90,7 +90,6 @@ class Runs:
         return _run(connection, row, worker, row.fence + 1) if changed.rowcount == 1 else None
 
     def _begin(self, connection: Connection, model: str, worker: str, lease_s: float, most: int) -> Run | None:
-        self.database.lock_appends(connection)
         pending = (
             sa.select(requests)
             .where(requests.c.model == model, requests.c.state == State.PENDING.value)
@@ -147,7 +146,6 @@ class Runs:
         """Say of its requests that the result is being verified; said again, it changes nothing."""
         with self.database.write() as connection:
             self.hold(connection, run)
-            self.database.lock_appends(connection)
             for row in _requests_of(connection, run.id):
                 if row["state"] == State.RUNNING.value:
                     self.filed.step(connection, row, State.VERIFYING, event="verifying")
@@ -201,7 +199,6 @@ class Runs:
     def _end(self, run: Run, state: str, to: State, why: str) -> None:
         with self.database.write() as connection:
             self.hold(connection, run, state=state)
-            self.database.lock_appends(connection)
             for row in _requests_of(connection, run.id):
                 self.filed.step(connection, row, to, event=to.value, said={"run": run.id}, why=why)
 
@@ -216,7 +213,6 @@ class Runs:
         """
         with self.database.write() as connection:
             self.hold(connection, run, state="done", step="completed", difference=difference)
-            self.database.lock_appends(connection)
             size = connection.execute(SIZE).scalar_one()
             made = []
             for place, row in enumerate(_requests_of(connection, run.id)):

@@ -6,7 +6,7 @@ import base64
 import hmac
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,9 +149,6 @@ def record_keys() -> Iterator[bytes]:
     """32 fresh random bytes, again and again."""
     while True:
         yield secrets.token_bytes(32)
-
-
-Draw = Callable[[], Iterator[bytes]]
 
 
 def _pem(key: Ed25519PublicKey) -> bytes:

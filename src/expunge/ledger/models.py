@@ -45,7 +45,6 @@ class Models:
         with self.database.write() as connection:
             if _served(connection, name) is not None:
                 raise Misuse(f'there is a model "{name}" already; choose another name')
-            self.database.lock_appends(connection)
             connection.execute(models.insert().values(name=name, version=1, digest=digest, folder=folder))
             root = self.commitments.add(connection, name, records).root()
             self._anchor(connection, "registered", Served(name=name, version=1, digest=digest, folder=folder), root)
@@ -99,7 +98,6 @@ class Models:
         """
         with self.database.write() as connection:
             self.runs.hold(connection, run, step="switched")
-            self.database.lock_appends(connection)
             now = _served(connection, served.name)
             if now is None or now.version + 1 != served.version:
                 raise Corrupt(f"run {run.id} wanted to serve version {served.version} after {now}; run it again")

@@ -94,7 +94,6 @@ class Requests:
             OtherBody: if a key was used before for another body; nothing is filed.
         """
         with self.database.write() as connection:
-            self.database.lock_appends(connection)
             now = self.database.utc(connection)
             at = moment(now)
             given = [self._row(submission, now, at) for submission in submissions]
@@ -207,7 +206,6 @@ class Requests:
     def verify_identity(self, request_id: str) -> Filed:
         """Who asked is who they say: the legal clock runs again."""
         with self.database.write() as connection:
-            self.database.lock_appends(connection)
             row = _row_of(connection, request_id)
             states.refuse_step(request_id, State(row["state"]), State.RECEIVED)
             now = self.database.utc(connection)
@@ -230,7 +228,6 @@ class Requests:
             NotNow: if it is extended or done already, or the first period is over.
         """
         with self.database.write() as connection:
-            self.database.lock_appends(connection)
             row = _row_of(connection, request_id)
             now, received = moment(self.database.utc(connection)), moment(row["received_at"])
             paused = timedelta(seconds=row["paused_s"])
@@ -249,7 +246,6 @@ class Requests:
     def deny(self, request_id: str, reason: str) -> Filed:
         """Deny a request for a legal or identity reason; see `states.refuse_denial` for errors."""
         with self.database.write() as connection:
-            self.database.lock_appends(connection)
             row = _row_of(connection, request_id)
             states.refuse_denial(request_id, State(row["state"]), reason)
             return self.step(connection, row, State.DENIED, event="denied", said={"reason": reason}, why=reason)
@@ -294,7 +290,6 @@ class Requests:
 
     def _move(self, request_id: str, to: State, **how: Any) -> Filed:
         with self.database.write() as connection:
-            self.database.lock_appends(connection)
             return self.step(connection, _row_of(connection, request_id), to, **how)
 
     def step(
@@ -377,6 +372,8 @@ def body_of(model: str, body: bytes) -> bytes:
 
 
 def _refuse_other_body(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    if earlier["model"] != now["model"]:
+        raise OtherBody(f'this key was used before for a request about "{earlier["model"]}"; use a new key')
     if earlier["body_mac"] != now["body_mac"]:
         raise OtherBody(
             "this idempotency key was used before for another request; use a new key for a new request, or file "

@@ -270,8 +270,7 @@ class Steps:
             payload = statement(filed, run.detail, stages, removed, already, completed_at, run.id)
             statements[request] = Statement(payload=payload, removed=removed)
         difference = self._difference(run, known)
-        for one in statements.values():
-            _refuse_unsound(one, difference)
+        _refuse_unsound(statements.values(), difference)
         self._certify_mirror(run, statements)  # before the commit: who dies in between does it again
         self.ledger.runs.complete(run, statements, canonical(difference))
         self.ledger.certificates.sign()
@@ -334,15 +333,20 @@ def _summary(found: Sweep, lost: int) -> dict[str, Any]:
     }
 
 
-def _refuse_unsound(statement: Statement, difference: dict[str, Any]) -> None:
-    """Corrupt if who checks the certificate would refuse it: then it is not committed."""
-    said = check.parse(statement.payload)
-    removed = {"commitments": [member.hex() for member in sorted(statement.removed)]}
-    bundle = {"removed": removed, "difference": difference}
+def _refuse_unsound(statements: Iterable[Statement], difference: dict[str, Any]) -> None:
+    """Corrupt if who checks the certificates would refuse one: then none is committed.
+
+    All are about the same sets, so that the proof between these is checked once, for all that was removed.
+    """
+    every: list[str] = []
+    said: dict[str, Any] = {}
     try:
-        check.check_form(said)
-        check.check_removed(bundle, said)
-        check.check_difference(bundle, said)
+        for one in statements:
+            said, removed = check.parse(one.payload), [member.hex() for member in sorted(one.removed)]
+            check.check_form(said)
+            check.check_removed({"removed": {"commitments": removed}}, said)
+            every += removed
+        check.check_difference({"removed": {"commitments": every}, "difference": difference}, said)
     except check.Refused as error:
         raise Corrupt(
             f"what was done does not add up ({error}), so nothing is certified; check: expunge log --verify"

@@ -196,16 +196,7 @@ class Workspace:
     def file(self, model: str, request: Request, *, key: str = "", identified: bool = True) -> tuple[Filed, bool]:
         """File a request about a model. Returns it, and whether it is new (not filed before under this key)."""
         self.ledger.models.served(model)
-        return self.ledger.requests.submit(
-            Submission(
-                model=model,
-                kind=request.kind,
-                body=canonical(_without_times(request.to_json())),
-                key=key or request.key,
-                received_at=request.received_at,
-                identified=identified,
-            )
-        )
+        return self.ledger.requests.submit(submission(model, request, key=key, identified=identified))
 
     def asked(self, request_id: str) -> Request:
         """What was asked; UnknownRecord once it has been erased."""
@@ -235,6 +226,18 @@ def _sync(folder: Path) -> None:
 
 
 _NO_TIMES = {"received_at": None, "due_at": None}
+
+
+def submission(model: str, request: Request, *, key: str = "", identified: bool = True) -> Submission:
+    """A request as the ledger takes it; a key given goes before the request's own."""
+    return Submission(
+        model=model,
+        kind=request.kind,
+        body=canonical(_without_times(request.to_json())),
+        key=key or request.key,
+        received_at=request.received_at,
+        identified=identified,
+    )
 
 
 def _without_times(data: dict[str, Any]) -> dict[str, Any]:
