@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeGuard
@@ -64,6 +64,45 @@ class Sharding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pruning:
+    """How a model is made sparse, as part of its training: so that retraining finds its mask anew.
+
+    Attributes:
+        sparsity: share of the prunable weights (those of convolutions and linear layers but the head) that are zero.
+        by: ``magnitude``: train, keep the largest weights, rewind what is left and train again (one round: one-shot
+            magnitude pruning; more: iterative, each taking the same share of what is left; Frankle et al., 2020).
+            ``synflow`` (Tanaka et al., 2020) or ``random``: choose before training, without any data.
+        rounds: of magnitude pruning, each a training.
+        rewind: epoch of the first training whose weights magnitude pruning goes back to; 0 is the beginning.
+        iterations: rounds of scoring of synflow.
+    """
+
+    sparsity: float
+    by: Literal["magnitude", "synflow", "random"] = "magnitude"
+    rounds: int = 1
+    rewind: int = 0
+    iterations: int = 100
+
+    def __post_init__(self) -> None:
+        checks = [
+            (_is_number(self.sparsity) and 0 < self.sparsity < 1, f"sparsity must be > 0 and < 1, got {self.sparsity}"),
+            (
+                self.by in ("magnitude", "synflow", "random"),
+                f'pruning is by magnitude, synflow or random, got "{self.by}"',
+            ),
+            (_is_whole(self.rounds) and self.rounds >= 1, f"rounds must be an integer >= 1, got {self.rounds}"),
+            (_is_whole(self.rewind) and self.rewind >= 0, f"rewind must be an epoch >= 0, got {self.rewind}"),
+            (
+                _is_whole(self.iterations) and self.iterations >= 1,
+                f"iterations must be an integer >= 1, got {self.iterations}",
+            ),
+        ]
+        for fine, message in checks:
+            if not fine:
+                raise BadRecipe(message)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """All that a training depends on besides the records. Frozen, hashable, JSON both ways.
 
@@ -85,6 +124,7 @@ class Recipe:
         seed: start of all coins: initial weights, order of rows, dropout.
         dtype: ``float32`` or ``float64``.
         sharding: None for one model.
+        pruning: None for a dense model.
     """
 
     model: str
@@ -99,13 +139,15 @@ class Recipe:
     seed: int = 0
     dtype: str = "float32"
     sharding: Sharding | None = None
+    pruning: Pruning | None = None
 
     def __post_init__(self) -> None:
         for name in ("model_args", "optimiser_args", "schedule"):
             if not isinstance(getattr(self, name), Mapping):
                 raise BadRecipe(f"{name} must be a mapping, got {getattr(self, name)!r}")
             object.__setattr__(self, name, _frozen(getattr(self, name)))
-        object.__setattr__(self, "sharding", _sharding(self.sharding))
+        object.__setattr__(self, "sharding", _nested(Sharding, self.sharding))
+        object.__setattr__(self, "pruning", _nested(Pruning, self.pruning))
         for problem in (*self._problems(), *self._problems_of_optimiser(), *self._problems_of_schedule()):
             raise BadRecipe(problem)
         try:
@@ -123,6 +165,11 @@ class Recipe:
             (_is_number(decay) and 0 <= decay < math.inf, f"weight_decay must be >= 0, got {decay}"),
             (_is_whole(self.seed), f"seed must be an integer, got {self.seed!r}"),
             (self.dtype in ("float32", "float64"), f'dtype must be float32 or float64, got "{self.dtype}"'),
+            (self.sharding is None or self.pruning is None, "shards cannot be pruned; give sharding or pruning"),
+            (
+                self.pruning is None or self.pruning.rewind <= self.epochs,
+                f"the epoch to rewind to must be one of the {self.epochs} trained",
+            ),
         ]
         return [message for fine, message in checks if not fine]
 
@@ -225,7 +272,11 @@ class Recipe:
         """Plain JSON values; `from_json` gives the same recipe back."""
         data = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
         if self.sharding is not None:
-            data["sharding"] = {f.name: getattr(self.sharding, f.name) for f in fields(self.sharding)}
+            data["sharding"] = asdict(self.sharding)
+        if self.pruning is None:
+            del data["pruning"]  # dense recipes keep the digest that they had before there was pruning
+        else:
+            data["pruning"] = asdict(self.pruning)
         return data
 
     @classmethod
@@ -265,13 +316,15 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _sharding(value: Any) -> Sharding | None:
-    if value is None or isinstance(value, Sharding):
+def _nested(kind: type[Any], value: Any) -> Any:
+    """A part of a recipe, from the mapping that stands for it in JSON."""
+    if value is None or isinstance(value, kind):
         return value
     try:
-        return Sharding(**value)
+        return kind(**value)
     except TypeError:
-        raise BadRecipe(f"sharding must be a mapping with shards, slices, salt, aggregate, got {value!r}") from None
+        names = ", ".join(f.name for f in fields(kind))
+        raise BadRecipe(f"{kind.__name__.lower()} must be a mapping with {names}, got {value!r}") from None
 
 
 def _outputs(recipe: Recipe, records: Records) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from expunge.core import coins
 from expunge.core.errors import BadRecipe, EmptyRetain, Stopped
+from expunge.core.mask import Held, Mask
 from expunge.core.recipe import Recipe
 from expunge.core.records import Records
 from expunge.core.trained import State, TrainingLog, copy_state
@@ -110,8 +111,10 @@ def fit(
     records: Records,
     *,
     stage: str = "whole",
+    begin: int = 0,
     epochs: int | None = None,
     steps: int | None = None,
+    mask: Mask | None = None,
     keep: Keep = NOTHING,
     saver: Saver | None = None,
     report: Report | None = None,
@@ -124,8 +127,10 @@ def fit(
         recipe: the coins, the objective and the optimiser.
         records: at least one row.
         stage: name of this training among those of the same recipe; part of the name of its coins.
+        begin: the epoch of the recipe's schedule that the first one is.
         epochs: passes over the rows; the recipe's if None.
         steps: stop after so many steps, perhaps within an epoch; None makes all of them.
+        mask: the entries that may move; the others keep the value that they have now.
         keep: what to leave behind beside the model.
         saver: where to save, and to resume from.
         report: told (stage, steps done, steps in all) now and then.
@@ -144,7 +149,7 @@ def fit(
     epochs = recipe.epochs if epochs is None else epochs
     if steps is not None:
         epochs = min(epochs, math.ceil(steps / math.ceil(len(records) / recipe.batch_size)))
-    run = _Run(module, recipe, records, stage, epochs, steps, keep, saver, report, tally or Tally())
+    run = _Run(module, recipe, records, stage, begin, epochs, steps, mask, keep, saver, report, tally or Tally())
     with seeded(recipe.seed, "dropout", stage), _exact_kernels(records.device):
         return run.go()
 
@@ -158,15 +163,18 @@ class _Run:
         recipe: Recipe,
         records: Records,
         stage: str,
+        begin: int,
         epochs: int,
         steps: int | None,
+        mask: Mask | None,
         keep: Keep,
         saver: Saver | None,
         report: Report | None,
         tally: Tally,
     ) -> None:
         self.module, self.recipe, self.records, self.stage, self.epochs = module, recipe, records, stage, epochs
-        self.keep, self.saver, self.report, self.tally = keep, saver, report, tally
+        self.begin, self.keep, self.saver, self.report, self.tally = begin, keep, saver, report, tally
+        self.held = None if mask is None else Held(mask, module)
         self.optimiser = optimiser_of(recipe, module)
         self.loss = mean_loss(recipe)
         self.dtype = getattr(torch, recipe.dtype)
@@ -206,7 +214,7 @@ class _Run:
     def _epoch(self, epoch: int) -> None:
         recipe, module, optimiser = self.recipe, self.module, self.optimiser
         for group in optimiser.param_groups:
-            group["lr"] = recipe.optimiser_args["lr"] * recipe.lr_factor(epoch)
+            group["lr"] = recipe.optimiser_args["lr"] * recipe.lr_factor(self.begin + epoch)
         batches = reading_order(recipe, self.records, self.stage, epoch).split(recipe.batch_size)
         first = self.at.step - epoch * self.steps_in_epoch
         total = torch.zeros((), dtype=torch.float64, device=self.records.device) + self.at.partial_loss
@@ -218,6 +226,8 @@ class _Run:
             loss = self.loss(module(prepare(x, self.dtype)), y)
             loss.backward()
             optimiser.step()
+            if self.held is not None:
+                self.held.put_back()
             total += loss.detach() * len(y)
             self.at.step += 1
             self._after_step(total)

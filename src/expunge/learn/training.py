@@ -18,6 +18,7 @@ from expunge.learn.build import EXTERNAL, build
 from expunge.learn.engine import LOCAL, Engine
 from expunge.learn.loop import NOTHING, Keep, Report, Tally, fit
 from expunge.learn.predict import outputs
+from expunge.learn.pruning import fit_pruned
 from expunge.learn.resume import Saver
 from expunge.learn.shards import train_shards
 
@@ -81,7 +82,10 @@ def train(
         module = build(recipe).to(records.device)
         if ":" in recipe.model:
             _try(module, recipe, records)
-        log = fit(module, recipe, records, keep=keep, saver=saver, report=report, tally=tally)
+        if recipe.pruning is None:
+            log = fit(module, recipe, records, keep=keep, saver=saver, report=report, tally=tally)
+        else:
+            log = fit_pruned(module, recipe, records, keep=keep, saver=saver, report=report, tally=tally)
         trained = Trained(module=module, recipe=recipe, ids=frozenset(records.ids), log=log)
     trained = replace(trained, seal=seal(records))
     if saver is not None:
@@ -100,7 +104,7 @@ def adopt(module: nn.Module, recipe: Recipe, records: Records) -> Trained:
         recipe: its objective, optimiser and batch size; its `model` is replaced by ``external``.
         records: what it was trained on.
     """
-    recipe = replace(recipe, model=EXTERNAL, sharding=None, dtype=_dtype_of(module)).completed(records)
+    recipe = replace(recipe, model=EXTERNAL, sharding=None, pruning=None, dtype=_dtype_of(module)).completed(records)
     return Trained(module=module, recipe=recipe, ids=frozenset(records.ids), standing=Claim.NONE, seal=seal(records))
 
 

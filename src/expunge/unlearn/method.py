@@ -15,11 +15,13 @@ from torch import Generator, nn
 from expunge.core.claim import Claim, Exactness, Guarantee
 from expunge.core.errors import Misuse, NothingChanged, Unsupported
 from expunge.core.events import AlreadyRemoved, Event, Removed, Replaced
+from expunge.core.mask import Mask
 from expunge.core.protocols import Cost, Need, Unlearned
 from expunge.core.records import Records, seal
 from expunge.core.request import Request, Split
 from expunge.core.trained import Trained
 from expunge.learn.loop import Tally
+from expunge.learn.pruning import mask_of_zeros
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,17 +33,24 @@ class Task:
         forget: the rows to remove; at least one.
         retain: the rows that stay, replacements included; at least one.
         tally: to be told of row gradients and rows read.
+        moves: of a pruned model, the weights that are not pruned; `Steps` keeps the others at zero, and whatever a
+            method does to them, the base sets them back. None: all may move.
     """
 
     trained: Trained
     forget: Records
     retain: Records
     tally: Tally
+    moves: Mask | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """What `_apply` hands back: the model, and the guarantee and events if there are any."""
+    """What `_apply` hands back: the model, and the guarantee and events if there are any.
+
+    A method that proves nothing may keep a log in the model that it hands back, if that names no removed row and holds
+    no state that removed rows had a part in; `AmnesiacUnlearning` does.
+    """
 
     trained: Trained
     guarantee: Guarantee | None = None
@@ -117,8 +126,11 @@ class Method(ABC):
             return self._identity(trained, noted)
         tally = Tally() if tally is None else tally
         work = trained if self.claim is Claim.EXACT else replace(trained, module=copy.deepcopy(trained.module))
-        task = Task(trained=work, forget=split.forget, retain=split.retain, tally=tally)
+        moves = mask_of_zeros(trained.module) if trained.recipe.pruning is not None else None
+        task = Task(trained=work, forget=split.forget, retain=split.retain, tally=tally, moves=moves)
         done = self._apply(task, rng=rng)
+        if moves is not None and self.claim is not Claim.EXACT:
+            moves.prune_(done.trained.module)
         cost = Cost(seconds=time.perf_counter() - started, gradients=tally.gradients, rows_read=tally.rows_read)
         claim = self._claim_of(done)
         if claim is not Claim.EXACT:
@@ -190,7 +202,7 @@ def _booked_out(done: Trained, before: Trained, split: Split, claim: Claim, exac
         done,
         ids=(before.ids - forgotten) | split.added,
         gone=before.gone | forgotten,
-        log=done.log if exact else None,
+        log=done.log if exact or done.log is not before.log else None,
         seal=None if before.seal is None else seal(split.retain),
         exactness=exactness or before.exactness,
         standing=claim if exact else Claim.weaker(claim, before.standing),

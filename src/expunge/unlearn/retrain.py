@@ -71,7 +71,7 @@ class RetrainBriefly(Method):
     """Train from scratch on what remains, but stop after some steps: the yardstick "retrain for the same time".
 
     The result never saw the removed rows, but it is not what the recipe's training would have given, so that nothing
-    is claimed. A method that does worse than this at equal cost is not worth its cost.
+    is claimed. A method that does worse than this at equal cost is not worth its cost. A pruned model keeps its mask.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.RETAIN})
@@ -90,5 +90,7 @@ class RetrainBriefly(Method):
     def _apply(self, task: Task, *, rng: Generator) -> Done:
         recipe = task.trained.recipe
         module = build(recipe).to(task.retain.device)
-        fit(module, recipe, task.retain, steps=self.steps, tally=task.tally)
+        if task.moves is not None:
+            task.moves.prune_(module)
+        fit(module, recipe, task.retain, steps=self.steps, mask=task.moves, tally=task.tally)
         return Done(trained=replace(task.trained, module=module))

@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 
 from expunge.core import coins
 from expunge.core.errors import Misuse
+from expunge.core.mask import Held, Mask
 from expunge.core.records import Records
 from expunge.learn.build import seeded
 from expunge.learn.loop import mean_loss, optimiser_of, prepare
@@ -61,10 +62,19 @@ class Steps:
     be read: in the methods' usual code that drift is a hidden part of what is called forgetting.
     """
 
-    def __init__(self, task: Task, pace: Pace, *, weight_decay: float | None = None) -> None:
-        """Steps on the task's model; `weight_decay` replaces the recipe's."""
+    def __init__(self, task: Task, pace: Pace, *, weight_decay: float | None = None, moves: Mask | None = None) -> None:
+        """Steps on the task's model.
+
+        Args:
+            task: the model, and which of its weights may move if it is pruned.
+            pace: how to step.
+            weight_decay: in place of the recipe's.
+            moves: a method's own choice of entries that may move; the others keep their value bit for bit.
+        """
         recipe = task.trained.recipe
         self.module, self.tally = task.trained.module, task.tally
+        masks = [mask for mask in (task.moves, moves) if mask is not None]
+        self.held = [Held(mask, self.module) for mask in masks]
         self.batch_size = pace.batch_size or recipe.batch_size
         self.dtype = getattr(torch, recipe.dtype)
         self.loss: Callable[[Tensor, Tensor], Tensor] = mean_loss(recipe)
@@ -98,4 +108,6 @@ class Steps:
                 self.optimiser.zero_grad()
                 loss.backward()
                 self.optimiser.step()
+                for held in self.held:
+                    held.put_back()
         self.module.eval()
