@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from expunge.core.coins import bucket
 from expunge.core.errors import BadRecipe, BadRecords, UnreadableFile
-from expunge.core.recipe import Recipe, Sharding
+from expunge.core.recipe import Pruning, Recipe, Sharding
 from expunge.core.records import Records
 from expunge.learn.shards import shards_of
 
@@ -87,6 +87,7 @@ OTHERS = {
     "seed": 1,
     "dtype": "float64",
     "sharding": Sharding(shards=2),
+    "pruning": Pruning(sparsity=0.5),
 }
 
 
