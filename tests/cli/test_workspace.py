@@ -290,11 +290,11 @@ def test_one_request_is_shown_with_its_events_and_what_comes_next(ask, expunge, 
     assert [event["kind"] for event in found["events"]] == ["received"]
     assert found["next"].endswith(f"expunge identify {request}")
     assert "asked   remove r-1, r-2\n" in expunge("status", request, "--workspace", ws).out
-    assert ask("identify", request)["state"] == "received"
-    assert ask("status", request)["next"].endswith("expunge run")
+    assert ask("identify", request[:8])["state"] == "received"
+    assert ask("status", request[:8])["next"].endswith("expunge run")
     assert ask("extend", request, "--why", "many requests")["extended"] is True
     assert expunge("extend", request, "--why", "again", "--workspace", ws).code == 2
-    assert ask("cancel", request)["state"] == "cancelled"
+    assert ask("cancel", request[:13])["state"] == "cancelled"
     found = ask("status", request)
     assert found["next"] == "nothing: it is final"
     assert [event["kind"] for event in found["events"]] == ["received", "identified", "extended", "cancelled"]

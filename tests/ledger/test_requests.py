@@ -52,6 +52,20 @@ def test_the_same_key_and_body_give_the_same_answer_and_another_body_files_nothi
     assert kit.faults(ledger) == []
 
 
+def test_a_request_is_called_by_as_much_of_its_id_as_tells_it_apart(ledger):
+    ids = iter(["abcd-1", "abcd-2", "abxx_3", "12345"])
+    ledger.requests.new_id = lambda: next(ids)
+    ledger.requests.submit_many([submission(b"one", f"k{i}") for i in range(4)])
+    whole = ledger.requests.whole_id
+    assert [whole("abxx"), whole("abcd-2"), whole("1234"), whole("12345")] == ["abxx_3", "abcd-2", "12345", "12345"]
+    for several in ("abcd", "ab", "", "123"):
+        with pytest.raises(Misuse, match="could be another request"):
+            whole(several)
+    for none in ("abxx%", "abx__", "zzzz"):
+        with pytest.raises(UnknownRecord, match="there is no request"):
+            whole(none)
+
+
 def test_a_key_is_remembered_after_its_request_is_done_and_its_body_erased(ledger):
     [done] = kit.ready(ledger, "r-1")
     kit.carry_out(ledger)

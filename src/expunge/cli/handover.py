@@ -41,6 +41,7 @@ def certificate(
     with opened(workspace) as ws:
         refuse_inside(ws.root, out, "exported copies belong elsewhere")
         refuse_existing(out)
+        request_id = ws.ledger.requests.whole_id(request_id)
         found: dict[str, bytes] = {"bundle.json": ws.ledger.certificates.bundle(request_id)}
         if with_keys:
             found["keys.json"] = ws.ledger.certificates.record_keys(request_id)

@@ -21,7 +21,7 @@ from expunge.core.request import Request
 from expunge.ledger.requests import Filed
 from expunge.workflow import Workspace
 
-Id = Annotated[str, typer.Argument(metavar="ID", help="The request.")]
+Id = Annotated[str, typer.Argument(metavar="ID", help="The request; as much of its id as tells it apart.")]
 
 
 def request(
@@ -92,7 +92,7 @@ def identify(request_id: Id, workspace: Folder = None, as_json: Json = False) ->
       expunge identify 17bf6cd9-3af0-4e39-8285-6aa52cbc3d64 --json
     """
     with opened(workspace) as ws:
-        _say(ws, ws.ledger.requests.verify_identity(request_id), as_json)
+        _say(ws, ws.ledger.requests.verify_identity(ws.ledger.requests.whole_id(request_id)), as_json)
 
 
 def extend(
@@ -111,7 +111,7 @@ def extend(
     if not why.strip():
         raise Misuse("--why must say why: the law wants the reason told to who asked")
     with opened(workspace) as ws:
-        _say(ws, ws.ledger.requests.extend(request_id, why), as_json)
+        _say(ws, ws.ledger.requests.extend(ws.ledger.requests.whole_id(request_id), why), as_json)
 
 
 def cancel(request_id: Id, workspace: Folder = None, as_json: Json = False) -> None:
@@ -123,7 +123,7 @@ def cancel(request_id: Id, workspace: Folder = None, as_json: Json = False) -> N
       expunge cancel 17bf6cd9-3af0-4e39-8285-6aa52cbc3d64 --workspace shop
     """
     with opened(workspace) as ws:
-        _say(ws, ws.ledger.requests.cancel(request_id), as_json)
+        _say(ws, ws.ledger.requests.cancel(ws.ledger.requests.whole_id(request_id)), as_json)
 
 
 def deny(
@@ -151,7 +151,7 @@ def deny(
       expunge deny 17bf6cd9-3af0-4e39-8285-6aa52cbc3d64 --reason claim_not_covered --json
     """
     with opened(workspace) as ws:
-        _say(ws, ws.ledger.requests.deny(request_id, reason), as_json)
+        _say(ws, ws.ledger.requests.deny(ws.ledger.requests.whole_id(request_id), reason), as_json)
 
 
 def release(
@@ -176,7 +176,7 @@ def release(
     """
     with opened(workspace) as ws:
         if not fallback:
-            _say(ws, ws.ledger.requests.release(what, exact=exact), as_json)
+            _say(ws, ws.ledger.requests.release(ws.ledger.requests.whole_id(what), exact=exact), as_json)
             return 0
         if exact:
             raise Misuse("--exact retrains the model and --fallback retires it; choose one")
@@ -203,7 +203,7 @@ def _model_of(ws: Workspace, what: str) -> str:
     if any(model.name == what for model in ws.ledger.models.all()):
         return what
     try:
-        return ws.ledger.requests.get(what).model
+        return ws.ledger.requests.get(ws.ledger.requests.whole_id(what)).model
     except UnknownRecord:
         raise UnknownRecord(f'there is no model and no request "{what}"; list requests with: expunge status') from None
 

@@ -85,7 +85,7 @@ def status(
         if request_id is not None:
             if state or model is not None:
                 raise Misuse("--state and --model choose from the list; leave them out beside an ID")
-            found = [ws.ledger.requests.get(request_id)]
+            found = [ws.ledger.requests.get(ws.ledger.requests.whole_id(request_id))]
         else:
             if model is not None:
                 ws.ledger.models.served(model)

@@ -174,6 +174,24 @@ class Requests:
         with self.database.read() as connection:
             return _filed(_row_of(connection, request_id))
 
+    def whole_id(self, beginning: str) -> str:
+        """The id of the one request whose id begins so.
+
+        Raises:
+            UnknownRecord: if there is none.
+            Misuse: if there are several, or fewer than four characters were given.
+        """
+        query = sa.select(requests.c.id).where(requests.c.id.startswith(beginning, autoescape=True)).limit(2)
+        with self.database.read() as connection:
+            found = list(connection.execute(query).scalars())
+        if beginning in found:
+            return beginning
+        if not found:
+            raise UnknownRecord(f'there is no request "{beginning}"; list them with: expunge status')
+        if len(found) > 1 or len(beginning) < 4:
+            raise Misuse(f'"{beginning}" could be another request; give more of its id (expunge status --json)')
+        return str(found[0])
+
     def by_key(self, key: str) -> Filed | None:
         """The request filed under this idempotency key, if any."""
         with self.database.read() as connection:
