@@ -137,10 +137,12 @@ class Sequence(RuleBasedStateMachine):
     @rule(number=st.integers(0, 99), exact=st.booleans(), held=st.integers(0, 4).map(lambda drawn: drawn == 4))
     def screen(self, number, exact, held):
         want = self.pick(number)
-        if want.state is not State.RECEIVED:
+        if State.SCREENING not in STEPS[want.state]:
             with pytest.raises(NotNow):
                 self.ledger.requests._move(want.id, State.SCREENING, event="screening")
             return
+        if want.state is not State.RECEIVED:
+            return  # a held one is screened anew only by a release, see `decide`
         self.ledger.requests.screening(want.id)
         self.ledger.requests.screened(want.id, held="odd" if held else None, exact=exact, stages=["screen: judged"])
         self.move(want, State.SCREENING)
