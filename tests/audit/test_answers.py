@@ -43,6 +43,21 @@ def test_answers_are_outputs(aggregate):
     assert torch.equal(answers(trained, strangers), outputs(trained.module, strangers))
 
 
+def test_the_whole_sets_may_be_selections_themselves(monkeypatch):
+    trained = train(RECIPE, RECORDS)
+    backwards, first, rest = (
+        RECORDS.select(list(one)) for one in (reversed(range(60)), range(7, 40), [*range(50, 60), 3, 2])
+    )
+    for answers in (Answers(backwards), Answers(first, rest)):
+        for records in (backwards, first, rest, rest.select([11, 0]), first.select([32]), RECORDS):
+            assert torch.equal(answers(trained, records), outputs(trained.module, records))
+    counted = Counted(monkeypatch)
+    answers = Answers(first, rest)
+    for records in (first, rest, rest.select([11, 0]), first.select([32])):
+        answers(trained, records)
+    assert set(counted.rows.values()) == {len(first) + len(rest)}
+
+
 def test_each_module_is_asked_once_and_shards_are_shared(monkeypatch):
     before = train(RECIPE, RECORDS, shards=5)
     after = Sisa()(before, RECORDS, Request.remove_owner("o3"), rng=generator()).trained

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from expunge.calculus import FisherDual, Objective, conjugate_gradients, dense, lissa, solve_dense
+from expunge.calculus import FisherDual, Objective, conjugate_gradients, dense, lissa, mean_eigenvalue, solve_dense
 from expunge.core.errors import Misuse, Unsupported
 
 
@@ -191,16 +191,17 @@ def system():
 
 def test_solvers_agree_and_say_how_well_they_did(system):
     matrix, b = system
-    right = torch.linalg.solve(matrix + 0.1 * torch.eye(12, dtype=torch.float64), b)
+    unit = float(matrix.trace()) / 12
+    damped = matrix + 0.1 * unit * torch.eye(12, dtype=torch.float64)
+    right = torch.linalg.solve(damped, b)
     exact = solve_dense(matrix, b, damping=0.1)
-    iterated = conjugate_gradients(lambda v: matrix @ v, b, damping=0.1, tolerance=1e-10)
-    scale = float(torch.linalg.eigvalsh(matrix)[-1]) + 0.1
-    slow = lissa([lambda v: matrix @ v] * 4000, b, scale=scale, damping=0.1)
-    for found, close in ((exact, 1e-10), (iterated, 1e-9), (slow, 1e-4)):
+    iterated = conjugate_gradients(lambda v: matrix @ v, b, damping=0.1, unit=unit, tolerance=1e-10)
+    split = conjugate_gradients(lambda v: matrix @ v, b, damping=0.04, unit=unit, ridge=0.06 * unit, tolerance=1e-10)
+    scale = float(torch.linalg.eigvalsh(damped)[-1])
+    slow = lissa([lambda v: matrix @ v] * 2000, b, scale=scale, damping=0.1, unit=unit)
+    for found, close in ((exact, 1e-10), (iterated, 1e-9), (split, 1e-9), (slow, 1e-4)):
         torch.testing.assert_close(found.x, right, rtol=close, atol=close)
-        assert found.residual == pytest.approx(
-            float(((matrix + 0.1 * torch.eye(12, dtype=torch.float64)) @ found.x - b).norm() / b.norm())
-        )
+        assert found.residual == pytest.approx(float((damped @ found.x - b).norm() / b.norm()))
     assert exact.converged
     assert iterated.converged
     short = conjugate_gradients(lambda v: matrix @ v, b, most=2)
@@ -215,8 +216,12 @@ def test_what_is_not_positive_definite_is_refused_with_the_figure(system):
     assert least < 0
     with pytest.raises(Misuse, match=f"smallest eigenvalue is {least:.3g}"):
         solve_dense(lowered, b)
-    with pytest.raises(Misuse, match=r"the curvature is -.* damp by more"):
+    with pytest.raises(Misuse, match=r"the curvature is -.* add more than"):
         conjugate_gradients(lambda v: lowered @ v, b)
+    with pytest.raises(Misuse, match=r"the curvature is -.* raise damping above") as raised:
+        conjugate_gradients(lambda v: lowered @ v, b, damping=0.01, unit=2.0)
+    told = float(str(raised.value).rpartition(" ")[2])
+    assert 0.01 < told <= -least / 2 * 1.01  # no more than what is lacking, counted in units
     with pytest.raises(Misuse, match="diverged"):
         lissa([lambda v: matrix @ v] * 4000, b, scale=0.1)
 
@@ -224,3 +229,54 @@ def test_what_is_not_positive_definite_is_refused_with_the_figure(system):
 def test_a_zero_right_side_has_a_zero_solution():
     found = conjugate_gradients(lambda v: v, torch.zeros(3))
     assert (found.x.tolist(), found.residual, found.converged) == ([0, 0, 0], 0.0, True)
+
+
+def test_damping_is_counted_in_the_curvatures_own_mean_eigenvalue(system):
+    matrix, b = system
+    for solve in (
+        lambda a: solve_dense(a, b, damping=0.3),
+        lambda a: conjugate_gradients(lambda v: a @ v, b, damping=0.3, unit=float(a.trace()) / 12, tolerance=1e-12),
+    ):
+        torch.testing.assert_close(solve(1000 * matrix).x, solve(matrix).x / 1000, rtol=1e-8, atol=1e-12)
+    root = torch.randn(5, 12, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    torch.testing.assert_close(FisherDual(root, 0.3).solve(b), solve_dense(root.T @ root / 5, b, damping=0.3).x)
+
+
+@pytest.mark.parametrize("unit", [None, 0.0, -1.0])
+def test_damping_without_a_unit_is_refused(unit, system):
+    matrix, b = system
+    with pytest.raises(Misuse, match="in mean eigenvalues, which must be > 0"):
+        conjugate_gradients(lambda v: matrix @ v, b, damping=0.1, unit=unit)
+    with pytest.raises(Misuse, match="in mean eigenvalues, which must be > 0"):
+        lissa([lambda v: matrix @ v], b, scale=1.0, damping=0.1, unit=unit)
+    with pytest.raises(Misuse, match="damping must be >= 0, got -1"):
+        solve_dense(matrix, b, damping=-1.0)
+
+
+def test_the_mean_eigenvalue_is_exact_for_few_parameters_and_else_near(system):
+    matrix = system[0]
+    right, like, rng = (
+        float(matrix.trace()) / 12,
+        torch.zeros(12, dtype=torch.float64),
+        torch.Generator().manual_seed(0),
+    )
+    assert mean_eigenvalue(lambda v: matrix @ v, like, rng, probes=12) == pytest.approx(right, rel=1e-12)
+    several = [
+        mean_eigenvalue(lambda v: matrix @ v, like, torch.Generator().manual_seed(k), probes=8) for k in range(60)
+    ]
+    away = torch.tensor(several) / right - 1
+    assert abs(float(away.mean())) < 4 * float(away.std()) / 60**0.5
+    assert 0 < float(away.std()) < (2 / 8) ** 0.5
+    state = rng.get_state()
+    assert several[0] == mean_eigenvalue(lambda v: matrix @ v, like, rng, probes=8)
+    assert torch.equal(state, rng.get_state())
+
+
+def test_a_ridge_is_added_as_it_is_and_may_not_be_negative():
+    gradients = torch.randn(4, 3, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    matrix = gradients.T @ gradients / 4
+    matrix = matrix + (matrix.trace() / 3 + 0.7) * torch.eye(3, dtype=torch.float64)
+    v = torch.ones(3, dtype=torch.float64)
+    torch.testing.assert_close(FisherDual(gradients, 1.0, ridge=0.7).solve(v), torch.linalg.solve(matrix, v))
+    with pytest.raises(Misuse, match="ridge must be >= 0"):
+        FisherDual(gradients, 1.0, ridge=-0.1)

@@ -39,9 +39,17 @@ schedules = st.one_of(
 )
 
 
+prunings = st.one_of(
+    st.builds(Pruning, sparsity=st.floats(0.01, 0.99), rounds=whole, rewind=st.integers(0, 3)),
+    st.builds(Pruning, sparsity=st.floats(0.01, 0.99), by=st.just("synflow"), iterations=whole),
+    st.builds(Pruning, sparsity=st.floats(0.01, 0.99), by=st.just("random")),
+)
+
+
 @st.composite
 def recipes(draw):
     optimiser, optimiser_args = draw(optimisers)
+    pruning = draw(st.none() | prunings)
     sharding = st.builds(
         Sharding, shards=whole, slices=whole, salt=st.text(max_size=8), aggregate=st.sampled_from(["vote", "mean"])
     )
@@ -52,12 +60,13 @@ def recipes(draw):
         optimiser=optimiser,
         optimiser_args=optimiser_args,
         schedule=draw(schedules),
-        epochs=draw(st.integers(0, 100)),
+        epochs=draw(st.integers(0 if pruning is None else pruning.rewind, 100)),
         batch_size=draw(whole),
         weight_decay=draw(share),
         seed=draw(st.integers(-(2**40), 2**63)),
         dtype=draw(st.sampled_from(["float32", "float64"])),
-        sharding=draw(st.none() | sharding),
+        sharding=draw(st.none() | sharding) if pruning is None else None,
+        pruning=pruning,
     )
 
 
@@ -322,3 +331,49 @@ def test_a_stage_goes_through_the_whole_schedule(schedule):
     stage = whole.staged(4)
     assert [stage.lr_factor(e) for e in range(4)] == pytest.approx([whole.lr_factor(e) for e in (0, 2.5, 5, 7.5)])
     assert whole.staged(10) == whole
+
+
+BAD_PRUNINGS = [
+    ({"sparsity": 0}, r"^sparsity must be > 0 and < 1, got 0$"),
+    ({"sparsity": 1}, r"^sparsity must be > 0 and < 1, got 1$"),
+    ({"sparsity": math.nan}, r"^sparsity must be > 0 and < 1, got nan$"),
+    ({"sparsity": "0.5"}, r"^sparsity must be > 0 and < 1, got 0.5$"),
+    ({"sparsity": True}, r"^sparsity must be > 0 and < 1, got True$"),
+    ({"sparsity": 0.5, "by": "snip"}, r'^pruning is by magnitude, synflow or random, got "snip"$'),
+    ({"sparsity": 0.5, "rounds": 0}, r"^rounds must be an integer >= 1, got 0$"),
+    ({"sparsity": 0.5, "rounds": 1.5}, r"^rounds must be an integer >= 1, got 1.5$"),
+    ({"sparsity": 0.5, "rewind": -1}, r"^rewind must be an epoch >= 0, got -1$"),
+    ({"sparsity": 0.5, "by": "synflow", "iterations": 0}, r"^iterations must be an integer >= 1, got 0$"),
+    ({"sparsity": 0.5, "by": "synflow", "rounds": 2}, r"^rounds and rewind are .* leave them out of synflow$"),
+    ({"sparsity": 0.5, "by": "random", "rewind": 1}, r"^rounds and rewind are .* leave them out of random$"),
+    ({"sparsity": 0.5, "iterations": 5}, r"^iterations are of pruning by synflow; leave them out of magnitude$"),
+    ({"rounds": 2}, r"^pruning must be a mapping with sparsity, by, rounds, rewind, iterations, got \{'rounds': 2\}$"),
+    ({"sparsity": 0.5, "rate": 2}, r"^pruning must be a mapping with sparsity, "),
+    (0.5, r"^pruning must be a mapping with sparsity, .*, got 0.5$"),
+    ({"sparsity": 0.5, "rewind": 11}, r"^rewind must be at most the 10 epochs trained, got 11$"),
+]
+
+
+@pytest.mark.parametrize(("pruning", "why"), BAD_PRUNINGS)
+def test_pruning_that_means_nothing_is_refused(pruning, why):
+    with pytest.raises(BadRecipe, match=why):
+        Recipe(model="mlp", pruning=pruning)
+
+
+def test_pruning_is_read_from_json_and_shards_are_not_pruned():
+    recipe = Recipe(model="mlp", pruning={"sparsity": 0.5, "rewind": 10})
+    assert recipe.pruning == Pruning(sparsity=0.5, rewind=10)
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+    assert (
+        len({replace(recipe, pruning=Pruning(sparsity=s, by=by)) for s in (0.5, 0.6) for by in ("random", "synflow")})
+        == 4
+    )
+    with pytest.raises(BadRecipe, match=r"^shards cannot be pruned; give sharding or pruning$"):
+        replace(recipe, sharding=Sharding(shards=2))
+
+
+def test_dense_recipes_keep_the_digest_that_they_had_before_there_was_pruning():
+    dense = Recipe(model="mlp")
+    assert "pruning" not in dense.to_json()
+    assert dense.digest() == "0730689a1b5f70436c41e06d001884d60604433a7758792a90da4cad57a6835a"
+    assert Recipe.from_json({**dense.to_json(), "pruning": None}) == dense

@@ -11,7 +11,7 @@ import torch
 from expunge.core import store
 from expunge.core.coins import generator
 from expunge.core.errors import Misuse, Stopped
-from expunge.core.recipe import Recipe, Sharding
+from expunge.core.recipe import Pruning, Recipe, Sharding
 from expunge.core.records import Records
 from expunge.learn import resume as module
 from expunge.learn.build import build
@@ -24,6 +24,20 @@ RECIPES = {
     "adam": {"model": "mlp", "optimiser": "adam", "optimiser_args": {"lr": 0.01}, "weight_decay": 0.01},
     "dropout": {"model": "code"},
     "batch norm": {"model": "mlp", "model_args": {"hidden": [6], "norm": "batch"}, "dtype": "float64"},
+    "iterative": {
+        "model": "code",
+        "optimiser_args": {"lr": 0.05, "momentum": 0.9, "nesterov": True},
+        "weight_decay": 0.01,
+        "schedule": {"kind": "cosine"},
+        "pruning": {"sparsity": 0.5, "rounds": 2, "rewind": 1},
+    },
+    "synflow": {
+        "model": "mlp",
+        "model_args": {"hidden": [6], "norm": "batch"},
+        "optimiser": "adam",
+        "optimiser_args": {"lr": 0.01},
+        "pruning": {"sparsity": 0.5, "by": "synflow", "iterations": 5},
+    },
     "shards": {"model": "code", "sharding": {"shards": 3, "slices": 2, "salt": "s"}},
     "adam shards": {
         "model": "softmax",
@@ -79,7 +93,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(forks, undisturbed, tmp_pat
     """Killed three times on its way, each time at a random moment after another save, in real processes."""
     coin = random.Random()
     total = undisturbed[name][2]
-    rows_each_life = 90 * 6 // 4
+    rows_each_life = 90 * (16 if name == "iterative" else 6) // 4
     folder, deaths = tmp_path / "resume", []
     for life in range(4):
         die_at = coin.randint(4 * 16 + 1, rows_each_life) if life < 3 else None
@@ -99,7 +113,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(forks, undisturbed, tmp_pat
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("every", [1, 5, 11])
 def test_a_training_killed_at_any_step_goes_on_to_the_same_bytes(forks, undisturbed, tmp_path, name, every):
-    for die_at in range(1, 90 * 6, 23):
+    for die_at in range(1, 90 * (16 if name == "iterative" else 6), 23):
         folder = str(tmp_path / f"{die_at}")
         assert forks.run(CODE, recipe=RECIPES[name], folder=folder, every=every, die_at=die_at) == {"signal": 9}
         assert forks(CODE, recipe=RECIPES[name], folder=folder, every=every) == undisturbed[name], die_at
@@ -201,6 +215,47 @@ def test_checkpoints_batches_and_losses_of_a_resumed_training(tmp_path, rows):
     for step, state in whole.log.checkpoints.items():
         assert all(torch.equal(value, again.log.checkpoints[step][name]) for name, value in state.items())
     assert again.digest() == whole.digest()
+
+
+PRUNED = Recipe(
+    model="mlp",
+    model_args={"hidden": [6]},
+    optimiser_args={"lr": 0.05, "momentum": 0.9},
+    weight_decay=0.01,
+    epochs=4,
+    batch_size=8,
+    pruning=Pruning(sparsity=0.6, rounds=2, rewind=2),
+)
+
+
+@pytest.mark.parametrize("save_every", [1, 3, 100])
+def test_a_pruned_training_that_is_interrupted_in_any_stage_goes_on_to_the_same_bytes(tmp_path, save_every):
+    """Of 320 rows, the dense training reads 160 (rewound to after 80), and each sparse one 80."""
+    keep = Keep(batches=True, every=4)
+    whole = train(PRUNED, records(), keep=keep)
+    for rows in (79, 81, 161, 200, 241, 319):
+        folder, bomb = tmp_path / str(rows), Bomb()
+        bomb.limit = rows
+        with pytest.raises(Halt):
+            train(PRUNED, records(), resume=folder, save_every=save_every, keep=keep, tally=bomb)
+        seen = Tally()
+        again = train(PRUNED, records(), resume=folder, save_every=save_every, keep=keep, tally=seen)
+        assert again.digest() == whole.digest()
+        for name in ("steps", "rows_read", "losses", "batches"):
+            assert getattr(again.log, name) == getattr(whole.log, name)
+        assert list(again.log.checkpoints) == list(whole.log.checkpoints) == [4, 8]
+        for step, state in whole.log.checkpoints.items():
+            assert all(torch.equal(value, again.log.checkpoints[step][name]) for name, value in state.items())
+        finished = 160 * (rows > 160) + 80 * (rows > 240)  # trainings that were done before are not done again
+        assert seen.rows_read <= 320 - max(finished, rows - 8 * (save_every + 1) if save_every < 100 else 0)
+        assert not folder.exists()
+
+
+def test_another_pruning_in_the_same_folder_is_refused(tmp_path):
+    interrupted(tmp_path / "r", wanted=PRUNED)
+    for other in (replace(PRUNED, pruning=None), replace(PRUNED, pruning=Pruning(sparsity=0.6, rewind=2))):
+        with pytest.raises(Misuse, match=r"r holds the state of another training"):
+            train(other, records(), resume=tmp_path / "r")
 
 
 def test_a_crash_while_saving_leaves_what_was_saved_before(tmp_path, monkeypatch):

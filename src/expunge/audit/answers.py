@@ -25,23 +25,35 @@ class Answers:
     """
 
     def __init__(self, *sets: Records) -> None:
-        """Remember outputs on these sets, none a selection of another."""
-        self._sets = sets
+        """Remember outputs on these sets, which may be selections themselves; none may overlap another."""
+        self._sets = [(one, _places_in(one)) for one in sets]
         self._known: tuple[WeakKeyDictionary[nn.Module, Tensor], ...] = tuple(WeakKeyDictionary() for _ in sets)
 
     def __call__(self, trained: Trained, records: Records) -> Float[Tensor, "n outputs"]:
         """What the model says of these rows; asked anew if they are of none of the sets."""
-        for whole, known in zip(self._sets, self._known, strict=True):
-            rows = _places(records, whole)
+        for (whole, places), known in zip(self._sets, self._known, strict=True):
+            rows = _places(records, whole, places)
             if rows is not None:
                 return _told(trained.module, whole, known, rows)
         return outputs(trained.module, records)
 
 
-def _places(records: Records, whole: Records) -> Tensor | None:
-    if records.streamed or whole.streamed or records.shared()[0] is not whole.shared()[0]:
+def _places_in(whole: Records) -> Tensor | None:
+    """For each row of the tensor that the set reads, its position in the set; -1 if it is not there."""
+    if whole.streamed:
         return None
-    return records.shared()[1]
+    base, rows = whole.shared()
+    places = torch.full((len(base),), -1)
+    places[rows] = torch.arange(len(rows))
+    return places
+
+
+def _places(records: Records, whole: Records, places: Tensor | None) -> Tensor | None:
+    """Positions of these rows in the whole set; None if not all of them are known to be there."""
+    if places is None or records.streamed or records.shared()[0] is not whole.shared()[0]:
+        return None
+    found = places[records.shared()[1]]
+    return None if bool((found < 0).any()) else found
 
 
 def _told(module: nn.Module, whole: Records, known: WeakKeyDictionary[nn.Module, Tensor], rows: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.func import functional_call, grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from expunge.core.errors import Misuse, Unsupported
+from expunge.core.mask import Mask
 
 RowLosses = Callable[[Tensor, Tensor], Tensor]
 
@@ -30,15 +31,31 @@ class Objective:
         module: in evaluation mode, never written to.
         row_losses: losses (n,) of outputs (n, ...) and labels.
         names: the parameters that the vector holds; the others are constants.
+        places: of each of them, the flat places of the entries that the vector holds; None: all. The other entries
+            are constants too, as the module has them when this is made.
     """
 
-    def __init__(self, module: nn.Module, row_losses: RowLosses, *, names: Iterable[str] | None = None) -> None:
-        """See the class; `names` chooses parameters, all that require a gradient if None.
+    def __init__(
+        self,
+        module: nn.Module,
+        row_losses: RowLosses,
+        *,
+        names: Iterable[str] | None = None,
+        moves: Mask | None = None,
+    ) -> None:
+        """See the class.
+
+        Args:
+            module: in evaluation mode.
+            row_losses: losses (n,) of outputs and labels.
+            names: the parameters that the vector is to hold; all that require a gradient if None.
+            moves: of these, the entries that it is to hold. What is kept of n gradients of a model that is pruned to
+                5 % is 5 % of their numbers; the others exist for a chunk of rows at a time.
 
         Raises:
             Unsupported: for a module in training mode: batch norm would make a row's loss depend on the other rows of
                 its batch, and dropout on coins, so that neither has a gradient of a single row.
-            Misuse: for names that are no parameters.
+            Misuse: for names that are no parameters, a mask of another model, or if no entry is left.
         """
         if any(part.training for part in module.modules()):
             raise Unsupported(
@@ -53,22 +70,36 @@ class Objective:
         self.module, self.row_losses = module, row_losses
         self.names = tuple(name for name in held if name in set(chosen))
         self._shapes = {name: held[name].shape for name in self.names}
-        self._sizes = [held[name].numel() for name in self.names]
+        entries = {} if moves is None else {id(one): which for one, which in moves.parameters(module)}
+        self.places: dict[str, Tensor | None] = {name: _places(entries.get(id(held[name]))) for name in self.names}
+        self._held = {name: held[name].detach().clone() for name, which in self.places.items() if which is not None}
+        self._sizes = [held[name].numel() if which is None else len(which) for name, which in self.places.items()]
+        if not self.size:
+            raise Misuse("the mask holds every entry, so that there is nothing to differentiate by")
 
     @property
     def size(self) -> int:
-        """How many parameters the vector holds."""
+        """How many numbers the vector holds."""
         return sum(self._sizes)
 
     def vector(self) -> Float[Tensor, " p"]:
-        """The parameters as they are now."""
+        """The parameters' entries as they are now."""
         held = dict(self.module.named_parameters())
-        return torch.cat([held[name].detach().reshape(-1) for name in self.names])
+        flat = {name: held[name].detach().reshape(-1) for name in self.names}
+        return torch.cat([flat[name] if which is None else flat[name][which] for name, which in self.places.items()])
+
+    def pieces(self, vector: Float[Tensor, " p"]) -> dict[str, Tensor]:
+        """A vector cut into one flat piece a parameter, of the entries that it holds."""
+        return dict(zip(self.names, torch.split(vector, self._sizes), strict=True))
 
     def split(self, vector: Float[Tensor, " p"]) -> dict[str, Tensor]:
-        """A vector cut into the shapes of the parameters."""
-        pieces = torch.split(vector, self._sizes)
-        return {name: piece.view(self._shapes[name]) for name, piece in zip(self.names, pieces, strict=True)}
+        """The parameters that a vector stands for, in their shapes, entries that it does not hold included."""
+        answer = {}
+        for name, piece in self.pieces(vector).items():
+            which = self.places[name]
+            whole = piece if which is None else self._held[name].reshape(-1).index_put((which,), piece)
+            answer[name] = whole.view(self._shapes[name])
+        return answer
 
     def put(self, vector: Float[Tensor, " p"]) -> None:
         """Write a vector into the module's parameters, in place."""
@@ -91,9 +122,19 @@ class Objective:
         """The loss of each row. Cost: one forward pass."""
         return self.row_losses(self.outputs(self.vector() if at is None else at, x), y)
 
-    def gradient(self, x: Tensor, y: Tensor, at: Tensor | None = None) -> Float[Tensor, " p"]:
-        """Gradient of the summed losses. Cost: one forward and one backward pass."""
-        gradient: Tensor = grad(lambda vector: self.losses(x, y, vector).sum())(self.vector() if at is None else at)
+    def gradient(
+        self, x: Tensor, y: Tensor, at: Tensor | None = None, *, weights: Float[Tensor, " n"] | None = None
+    ) -> Float[Tensor, " p"]:
+        """Gradient of the summed losses, each times its weight if there are any. Cost: one forward, one backward pass.
+
+        With weights c it is ``G' c``, G the rows' gradients, without any of them.
+        """
+
+        def total(vector: Tensor) -> Tensor:
+            losses = self.losses(x, y, vector)
+            return losses.sum() if weights is None else torch.dot(losses, weights)
+
+        gradient: Tensor = grad(total)(self.vector() if at is None else at)
         return gradient
 
     def gradients(self, x: Tensor, y: Tensor, *, chunk: int | None = 32) -> Float[Tensor, "n p"]:
@@ -140,6 +181,10 @@ class Objective:
             curved = jvp(grad(loss), (out,), (forward,))[1]
             back: Callable[[Tensor], tuple[Tensor]] = vjp(outputs, here)[1]
             return back(curved)[0]
+
+
+def _places(moves: Tensor | None) -> Tensor | None:
+    return None if moves is None or bool(moves.all()) else moves.reshape(-1).nonzero().flatten()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn, cast
 import typer
 
 from expunge._version import __version__
+from expunge.cli.compare import compare
 from expunge.cli.handover import certificate
 from expunge.cli.ledger import log, verify_bundle
 from expunge.cli.lists import methods, records
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_ON_MODELS = (demo, train, forget, evaluate, records, methods)
+_ON_MODELS = (demo, train, forget, evaluate, compare, records, methods)
 _IN_A_WORKSPACE = (
     *(init, register_model, request, status, run, release, deny, cancel, extend, identify),
     *(certificate, verify_bundle, log, sweep, export),

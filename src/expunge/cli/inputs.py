@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -21,25 +21,52 @@ from expunge.datasets.tables import is_table
 from expunge.learn.build import allow_code
 from expunge.learn.training import load
 from expunge.unlearn import (
+    AmnesiacUnlearning,
+    BadTeacher,
+    BoundaryShrink,
     FineTune,
+    FisherForgetting,
     GradientAscent,
+    InfluenceUnlearning,
+    L1Sparse,
+    Masked,
     Method,
     NegGradPlus,
+    Pruned,
     RandomLabels,
     Retrain,
     RetrainBriefly,
+    RetrainSameMask,
+    SalUn,
+    Scrub,
+    SelectiveSynapticDampening,
     Sisa,
+    UnrollingSGD,
 )
+from expunge.unlearn.sparsity import CRITERIA
 
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
     {
+        "amnesiac-unlearning": AmnesiacUnlearning,
+        "bad-teacher": BadTeacher,
+        "boundary-shrink": BoundaryShrink,
         "fine-tune": FineTune,
+        "fisher-forgetting": FisherForgetting,
         "gradient-ascent": GradientAscent,
+        "influence-unlearning": InfluenceUnlearning,
+        "l1-sparse": L1Sparse,
+        "masked-fine-tune": Masked,
         "neg-grad-plus": NegGradPlus,
+        "pruned-fine-tune": Pruned,
         "random-labels": RandomLabels,
         "retrain": Retrain,
         "retrain-briefly": RetrainBriefly,
+        "retrain-same-mask": RetrainSameMask,
+        "salun": SalUn,
+        "scrub": Scrub,
+        "selective-synaptic-dampening": SelectiveSynapticDampening,
         "sisa": Sisa,
+        "unrolling-sgd": UnrollingSGD,
     }
 )
 
@@ -129,12 +156,15 @@ def make_request(record: list[str] | None, ids_file: Path | None, owner: str | N
 
 def make_method(word: str, settings: Sequence[str], trained: Trained) -> Method:
     """The method of this name with these settings; ``auto`` is the exact one that fits the model."""
-    if word == "auto":
-        word = "sisa" if trained.parts else "retrain"
+    return named_method(("sisa" if trained.parts else "retrain") if word == "auto" else word, settings)
+
+
+def named_method(word: str, settings: Sequence[str]) -> Method:
+    """The method of this name with these settings, each as ``name=value``."""
     if word not in METHODS:
         raise Misuse(f'unknown method "{word}"; known: {", ".join(METHODS)}')
     kind = METHODS[word]
-    known = {f.name: f.default for f in fields(kind)}
+    known = {f.name: default_of(f) for f in fields(kind)}
     chosen: dict[str, Any] = {}
     for text in settings:
         name, equals, value = text.partition("=")
@@ -146,7 +176,18 @@ def make_method(word: str, settings: Sequence[str], trained: Trained) -> Method:
     return kind(**chosen)
 
 
+def default_of(setting: Field[Any]) -> Any:
+    """The default of a setting, made anew if it is made."""
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()
+
+
 def _typed(name: str, value: str, default: Any, hint: Any) -> Any:
+    if isinstance(default, Method):
+        return named_method(value, ())
+    if isinstance(default, tuple(CRITERIA.values())):
+        if value not in CRITERIA:
+            raise Misuse(f"{name} must be one of {', '.join(CRITERIA)}, got {value}")
+        return CRITERIA[value]()
     kind = int if default is None else type(default)
     if get_origin(hint) is Literal and value not in get_args(hint):
         raise Misuse(f"{name} must be one of {', '.join(get_args(hint))}, got {value}")

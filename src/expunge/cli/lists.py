@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from collections import Counter
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
 
-from expunge.cli.inputs import METHODS, read_records
+from expunge.cli.inputs import METHODS, default_of, read_records
 from expunge.cli.options import Classes, Columns, Data, IdColumn, Json, LabelColumn, OwnerColumn
 from expunge.core.errors import Misuse
+from expunge.unlearn import Method
+from expunge.unlearn.sparsity import CRITERIA
 
 
 def records(
@@ -55,34 +59,81 @@ def records(
         print(f"... {len(lines) - len(shown):,} more; --limit 0 lists all")
 
 
-def methods(as_json: Json = False) -> None:
+def methods(
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/methods.md.")] = False,
+    as_json: Json = False,
+) -> None:
     """List the unlearning methods.
 
-    What each may claim at most, which rows it needs, its settings, and what it does not guarantee.
+    What each may claim at most, which rows it needs, its settings and cost, and what it does not guarantee.
 
     \b
     Examples:
       expunge methods
       expunge methods --json
     """
-    found: list[dict[str, Any]] = []
-    for word, kind in METHODS.items():
-        settings = {f.name: f.default for f in fields(kind) if f.default is not MISSING}
-        found.append(
-            {
-                "method": word,
-                "claim": kind.claim.value,
-                "needs": sorted(need.value for need in kind.needs),
-                "settings": settings,
-                "source": kind.source,
-                "not_guaranteed": kind.not_guaranteed,
-            }
-        )
+    found = [_about(word, kind) for word, kind in METHODS.items()]
     if as_json:
         print(json.dumps({"methods": found}))
-        return
+    elif as_markdown:
+        print(_page(found))
+    else:
+        for about in found:
+            print(f"{about['method']:<26} claims at most: {about['claim']:<6} needs: {', '.join(about['needs'])}")
+            print(f"{'':<26} settings: {_settings(about)}")
+            print(f"{'':<26} not guaranteed: {about['not_guaranteed']}\n")
+
+
+def _about(word: str, kind: type[Method]) -> dict[str, Any]:
+    told = inspect.cleandoc(kind.__doc__ or "")
+    cost = re.search(r"^Cost: (.*?)(?=\n\n|\n[A-Z][a-z]+:\n|\Z)", told, re.DOTALL | re.MULTILINE)
+    return {
+        "method": word,
+        "class": kind.__name__,
+        "what": told.partition("\n")[0],
+        "claim": kind.claim.value,
+        "needs": sorted(need.value for need in kind.needs),
+        "settings": {f.name: _plain(default_of(f)) for f in fields(kind)},
+        "cost": " ".join(cost[1].split()) if cost else None,
+        "source": kind.source,
+        "not_guaranteed": kind.not_guaranteed,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A setting's default as one says it on the command line."""
+    named = {kind: word for word, kind in CRITERIA.items()}
+    return value.name if isinstance(value, Method) else named.get(type(value), value)
+
+
+def _settings(about: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in about["settings"].items()) or "none"
+
+
+def _page(found: list[dict[str, Any]]) -> str:
+    """What is known of each method, as Markdown."""
+    lines = [
+        "# The unlearning methods",
+        "",
+        "Written by `expunge methods --markdown` from the classes themselves. Claims are the most that a method may",
+        "say; what a result does say stands in its `claim`. A method that claims none proves nothing, however well it",
+        "does: `expunge compare` shows how near it comes to exact retraining on your data.",
+        "",
+        "| method | claims at most | needs | source |",
+        "|---|---|---|---|",
+    ]
     for about in found:
-        chosen = ", ".join(f"{name}={value}" for name, value in about["settings"].items())
-        print(f"{about['method']:<16} claims at most: {about['claim']:<6} needs: {', '.join(about['needs'])}")
-        print(f"{'':<16} settings: {chosen or 'none'}")
-        print(f"{'':<16} not guaranteed: {about['not_guaranteed']}\n")
+        needs = " and ".join(about["needs"])
+        lines.append(f"| [{about['method']}](#{about['method']}) | {about['claim']} | {needs} | {about['source']} |")
+    for about in found:
+        lines += [
+            "",
+            f"## {about['method']}",
+            "",
+            f"`{about['class']}`. {about['what']}",
+            "",
+            f"- Settings: {_settings(about)}",
+            f"- Cost: {about['cost']}",
+            f"- Not guaranteed: {about['not_guaranteed']}",
+        ]
+    return "\n".join(lines)

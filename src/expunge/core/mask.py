@@ -21,6 +21,11 @@ class Mask:
 
     moves: Mapping[str, Tensor]
 
+    def __post_init__(self) -> None:
+        for name, one in self.moves.items():
+            if one.dtype is not torch.bool:
+                raise Misuse(f'a mask holds True and False, got {one.dtype} for "{name}"; compare first')
+
     @property
     def size(self) -> int:
         """Entries of all parameters that are named."""
@@ -37,9 +42,21 @@ class Mask:
         return self.held / self.size if self.size else 0.0
 
     def __and__(self, other: Mask) -> Mask:
-        """Where both let an entry move."""
-        both = {**self.moves, **other.moves}
-        return Mask({name: one & self.moves.get(name, one) for name, one in both.items()})
+        """Where both let an entry move.
+
+        Raises:
+            Misuse: if they are of different models.
+        """
+        both = {**other.moves, **self.moves}
+        for name, one in both.items():
+            theirs = other.moves.get(name, one)
+            if theirs.shape != one.shape:
+                raise Misuse(
+                    f'the masks are of two models: "{name}" is {tuple(one.shape)} in one and {tuple(theirs.shape)} in '
+                    "the other; make both of one model"
+                )
+            both[name] = one & theirs.to(one.device)
+        return Mask(both)
 
     def parameters(self, module: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """The module's parameters that are named, each with its entries that may move.
@@ -47,15 +64,20 @@ class Mask:
         Raises:
             Misuse: if the mask is another architecture's.
         """
-        known = dict(module.named_parameters())
+        known = dict(module.named_parameters(remove_duplicate=False))
         for name, moves in self.moves.items():
             if name not in known or known[name].shape != moves.shape:
-                raise Misuse(f'the mask is of another model: it has "{name}" of shape {tuple(moves.shape)}')
+                theirs = tuple(known[name].shape) if name in known else "none"
+                raise Misuse(
+                    f'the mask is of another model: it has "{name}" of shape {tuple(moves.shape)}, the model {theirs}; '
+                    "make it of this one"
+                )
+        for name, moves in self.moves.items():
             yield known[name], moves.to(known[name].device)
 
     @torch.no_grad()
     def prune_(self, module: nn.Module) -> None:
-        """Set the entries that may not move to zero, in place."""
+        """Set the entries that may not move to zero (never minus zero), in place; nothing if the mask does not fit."""
         for parameter, moves in self.parameters(module):
             torch.where(moves, parameter, torch.zeros_like(parameter), out=parameter)
 

@@ -67,13 +67,17 @@ class Sharding:
 class Pruning:
     """How a model is made sparse, as part of its training: so that retraining finds its mask anew.
 
+    Of n prunable weights (those of convolutions and linear layers but the head, over all layers together) exactly
+    ``round(sparsity * n)`` are zero, but never all. By magnitude or at random a whole layer may be lost.
+
     Attributes:
-        sparsity: share of the prunable weights (those of convolutions and linear layers but the head) that are zero.
+        sparsity: share of the prunable weights that are zero.
         by: ``magnitude``: train, keep the largest weights, rewind what is left and train again (one round: one-shot
             magnitude pruning; more: iterative, each taking the same share of what is left; Frankle et al., 2020).
             ``synflow`` (Tanaka et al., 2020) or ``random``: choose before training, without any data.
         rounds: of magnitude pruning, each a training.
-        rewind: epoch of the first training whose weights magnitude pruning goes back to; 0 is the beginning.
+        rewind: epoch of the first training whose weights magnitude pruning goes back to, and from which on the later
+            trainings go on; 0 is the beginning, and the last epoch prunes what is trained without training on.
         iterations: rounds of scoring of synflow.
     """
 
@@ -95,6 +99,14 @@ class Pruning:
             (
                 _is_whole(self.iterations) and self.iterations >= 1,
                 f"iterations must be an integer >= 1, got {self.iterations}",
+            ),
+            (
+                self.by == "magnitude" or (self.rounds, self.rewind) == (1, 0),
+                f"rounds and rewind are of pruning by magnitude; leave them out of {self.by}",
+            ),
+            (
+                self.by == "synflow" or self.iterations == 100,
+                f"iterations are of pruning by synflow; leave them out of {self.by}",
             ),
         ]
         for fine, message in checks:
@@ -168,7 +180,7 @@ class Recipe:
             (self.sharding is None or self.pruning is None, "shards cannot be pruned; give sharding or pruning"),
             (
                 self.pruning is None or self.pruning.rewind <= self.epochs,
-                f"the epoch to rewind to must be one of the {self.epochs} trained",
+                f"rewind must be at most the {self.epochs} epochs trained, got {self.pruning and self.pruning.rewind}",
             ),
         ]
         return [message for fine, message in checks if not fine]

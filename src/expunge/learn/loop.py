@@ -115,6 +115,7 @@ def fit(
     epochs: int | None = None,
     steps: int | None = None,
     mask: Mask | None = None,
+    mark: int = 0,
     keep: Keep = NOTHING,
     saver: Saver | None = None,
     report: Report | None = None,
@@ -131,6 +132,7 @@ def fit(
         epochs: passes over the rows; the recipe's if None.
         steps: stop after so many steps, perhaps within an epoch; None makes all of them.
         mask: the entries that may move; the others keep the value that they have now.
+        mark: keep a checkpoint after this step too; 0: of no step.
         keep: what to leave behind beside the model.
         saver: where to save, and to resume from.
         report: told (stage, steps done, steps in all) now and then.
@@ -149,8 +151,8 @@ def fit(
     epochs = recipe.epochs if epochs is None else epochs
     if steps is not None:
         epochs = min(epochs, math.ceil(steps / math.ceil(len(records) / recipe.batch_size)))
-    run = _Run(module, recipe, records, stage, begin, epochs, steps, mask, keep, saver, report, tally or Tally())
-    with seeded(recipe.seed, "dropout", stage), _exact_kernels(records.device):
+    run = _Run(module, recipe, records, stage, begin, epochs, steps, mask, mark, keep, saver, report, tally or Tally())
+    with seeded(recipe.seed, "dropout", stage), exact_kernels(records.device):
         return run.go()
 
 
@@ -167,13 +169,15 @@ class _Run:
         epochs: int,
         steps: int | None,
         mask: Mask | None,
+        mark: int,
         keep: Keep,
         saver: Saver | None,
         report: Report | None,
         tally: Tally,
     ) -> None:
         self.module, self.recipe, self.records, self.stage, self.epochs = module, recipe, records, stage, epochs
-        self.begin, self.keep, self.saver, self.report, self.tally = begin, keep, saver, report, tally
+        self.begin, self.mark, self.keep = begin, mark, keep
+        self.saver, self.report, self.tally = saver, report, tally
         self.held = None if mask is None else Held(mask, module)
         self.optimiser = optimiser_of(recipe, module)
         self.loss = mean_loss(recipe)
@@ -236,7 +240,7 @@ class _Run:
 
     def _after_step(self, total: Tensor) -> None:
         step = self.at.step
-        if self.keep.every and step % self.keep.every == 0:
+        if step == self.mark or (self.keep.every and step % self.keep.every == 0):
             self.checkpoints[step] = copy_state(self.module)
             if self.saver is not None:
                 self.saver.keep_checkpoint(self.stage, step, self.checkpoints[step])
@@ -267,7 +271,7 @@ class _Run:
             yield tuple(self.records.ids[i] for i in batches[place].tolist())
 
 
-class _exact_kernels:
+class exact_kernels:
     """Within: only kernels that give the same bits each time. Kernels of the CPU do so at a fixed thread count."""
 
     def __init__(self, device: torch.device) -> None:

@@ -54,13 +54,17 @@ def train_many(
 
     Raises:
         Unsupported: for batch norm (its batch statistics cannot be kept apart under vmap), dropout (its coins would be
-            shared between models), sharded recipes, streamed rows.
+            shared between models), sharded or pruned recipes, streamed rows.
         Misuse: if subsets and seeds differ in number, or the subsets are not selections of one set.
     """
     if len(subsets) != len(seeds) or not subsets:
         raise Misuse(f"give as many seeds as subsets and at least one, got {len(seeds)} and {len(subsets)}")
     if recipe.sharding is not None:
         raise Unsupported("a sharded recipe is several trainings already; give recipe.part(i), or use train")
+    if recipe.pruning is not None:
+        raise Unsupported(
+            "a pruned recipe has a mask for each model, which are not stacked; train the models one by one"
+        )
     recipe = recipe.completed(subsets[0])
     models = [build(replace(recipe, seed=seed)) for seed in seeds]
     _refuse_unstackable(models[0])

@@ -44,7 +44,8 @@ def train(
         recipe: how; `shape`, `outputs` and the shards' salt are filled in from the records.
         records: on what; uint8 pixels are divided by 255, floats taken as they are.
         shards: train that many shards instead (as ``Sharding(shards=...)`` in the recipe).
-        keep: what to leave behind beside the model; kept slices of shards need not be asked for.
+        keep: what to leave behind beside the model; kept slices of shards need not be asked for. Of pruning by
+            magnitude, which trains several times: of the last training.
         resume: new or empty folder to save into, and to go on from after an interruption; removed when training is
             done.
         save_every: steps between saves.
@@ -101,10 +102,11 @@ def adopt(module: nn.Module, recipe: Recipe, records: Records) -> Trained:
 
     Args:
         module: any `torch.nn.Module`; copied later, never written to.
-        recipe: its objective, optimiser and batch size; its `model` is replaced by ``external``.
+        recipe: its objective, optimiser and batch size; its `model` is replaced by ``external``. If it says that the
+            model is pruned, methods keep the prunable weights that are zero at zero.
         records: what it was trained on.
     """
-    recipe = replace(recipe, model=EXTERNAL, sharding=None, pruning=None, dtype=_dtype_of(module)).completed(records)
+    recipe = replace(recipe, model=EXTERNAL, sharding=None, dtype=_dtype_of(module)).completed(records)
     return Trained(module=module, recipe=recipe, ids=frozenset(records.ids), standing=Claim.NONE, seal=seal(records))
 
 

@@ -62,7 +62,9 @@ def private_copy(trained: Trained, seen: dict[int, object] | None = None) -> Tra
     module = copy.deepcopy(trained.module, seen)
     log = trained.log
     if log is not None:
-        log = replace(log, slices=tuple({name: t.clone() for name, t in state.items()} for state in log.slices))
+        slices = tuple({name: t.clone() for name, t in state.items()} for state in log.slices)
+        steps = {step: {name: t.clone() for name, t in state.items()} for step, state in log.checkpoints.items()}
+        log = replace(log, slices=slices, checkpoints=steps)
     return replace(trained, module=module, log=log, parts=tuple(private_copy(part, seen) for part in trained.parts))
 
 

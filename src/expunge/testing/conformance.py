@@ -21,8 +21,24 @@ from expunge.testing.trial import NamedCheck, Subject, Trial
 
 CHECKS: tuple[NamedCheck, ...] = (*CONTRACT, *CLAIMS, *NEARER)
 
-# Checks that a shipped method fails on the default case, with figures. None does at its default settings.
-EXCEPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+# Checks that a shipped method does not pass on the default case at its default settings, and why not.
+EXCEPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "bad-teacher": {
+            "nearer-than-standing-still": "it teaches to know nothing of the removed rows, and retraining answers "
+            "these mislabelled ones with confidence: gain -.001, and no better with any of 44 other settings; it passes when "
+            "a class is removed"
+        },
+        "fisher-forgetting": {
+            "nearer-than-standing-still": "noise alone brings no model nearer to retraining here: gain -.001 (-.012 to "
+            ".009), and none for any alpha from 1e-3 to 3"
+        },
+        "selective-synaptic-dampening": {
+            "nearer-than-standing-still": "scattered wrong labels matter to nearly every parameter, and the model is "
+            "lost: gain -.486; it passes when a class is removed"
+        },
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)

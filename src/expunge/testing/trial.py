@@ -139,13 +139,15 @@ def distance(one: State, other: State) -> float:
 def footprint(trained: Trained) -> dict[str, object]:
     """Everything of a model that a method might leave a trace in, by name."""
     parts = (trained, *trained.parts)
-    slices = [digest_tensors(state) for part in parts if part.log for state in part.log.slices]
+    logs = [part.log for part in parts if part.log is not None]
+    kept = [digest_tensors(state) for log in logs for state in (*log.slices, *log.checkpoints.values())]
     return {
         "parameters or buffers": [part.digest() for part in parts],
         "training flags": [[module.training for module in part.module.modules()] for part in parts],
         "requires_grad": [[p.requires_grad for p in part.module.parameters()] for part in parts],
         "gradients": [[p.grad is not None for p in part.module.parameters()] for part in parts],
-        "kept slices": slices,
+        "kept slices or checkpoints": kept,
+        "kept batches": [log.batches for log in logs],
         "ids": [part.ids for part in parts],
         "gone": [part.gone for part in parts],
         "recipe": [part.recipe for part in parts],

@@ -49,7 +49,7 @@ class Done:
     """What `_apply` hands back: the model, and the guarantee and events if there are any.
 
     A method that proves nothing may keep a log in the model that it hands back, if that names no removed row and holds
-    no state that removed rows had a part in; `AmnesiacUnlearning` does.
+    no update that a removed row was read for; `AmnesiacUnlearning` does.
     """
 
     trained: Trained

@@ -71,7 +71,9 @@ class RetrainBriefly(Method):
     """Train from scratch on what remains, but stop after some steps: the yardstick "retrain for the same time".
 
     The result never saw the removed rows, but it is not what the recipe's training would have given, so that nothing
-    is claimed. A method that does worse than this at equal cost is not worth its cost. A pruned model keeps its mask.
+    is claimed. A method that does worse than this at equal cost is not worth its cost. A pruned model keeps its mask,
+    which the removed rows may have had a part in.
+    Cost: `steps` batches of gradients.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.RETAIN})

@@ -97,8 +97,14 @@ class Steps:
                 self.tally.saw(records, positions, x, y)
                 yield prepare(x, self.dtype), y, positions
 
-    def take(self, losses: Iterable[Tensor], rng: Generator) -> None:
-        """A step down each loss, which is computed when it is asked for, after the step before."""
+    def take(self, losses: Iterable[Tensor], rng: Generator, after: Callable[[], None] | None = None) -> None:
+        """A step down each loss, which is computed when it is asked for, after the step before.
+
+        Args:
+            losses: one a step.
+            rng: names the coins of dropout.
+            after: called after each step of the optimiser, before held entries are put back.
+        """
         self.module.train()
         for layer in self.module.modules():
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
@@ -108,6 +114,8 @@ class Steps:
                 self.optimiser.zero_grad()
                 loss.backward()
                 self.optimiser.step()
+                if after is not None:
+                    after()
                 for held in self.held:
                     held.put_back()
         self.module.eval()
