@@ -173,13 +173,16 @@ def test_methods(ask, expunge):
     found = ask("methods")["methods"]
     assert [about["method"] for about in found] == list(METHODS)
     assert {about["method"] for about in found if about["claim"] == "exact"} == {"retrain", "sisa"}
-    keys = {"method", "claim", "needs", "settings", "source", "not_guaranteed"}
+    keys = {"method", "claim", "needs", "settings", "source", "not_guaranteed", "class", "what", "cost"}
     assert all(set(about) == keys and about["not_guaranteed"] for about in found)
     said = expunge("methods")
     assert all(about["not_guaranteed"] in said.out for about in found)
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "forget", "evaluate", "records", "methods"])
+ON_MODELS = ("demo", "train", "forget", "evaluate", "compare", "records", "methods")
+
+
+@pytest.mark.parametrize("command", ON_MODELS)
 def test_every_command_has_help_with_two_examples(expunge, command):
     said = expunge(command, "--help")
     assert (said.code, said.err) == (0, "")
@@ -190,9 +193,7 @@ def test_every_command_has_help_with_two_examples(expunge, command):
 def test_every_command_is_in_the_list_in_one_whole_line(expunge):
     said = expunge()
     assert (said.code, said.err) == (0, "")
-    assert all(
-        f"\n  {command} " in said.out for command in ("demo", "train", "forget", "evaluate", "records", "methods")
-    )
+    assert all(f"\n  {command} " in said.out for command in ON_MODELS)
     assert "..." not in said.out.partition("Commands:")[2]
     assert expunge("--help").out == said.out
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", expunge("--version").out)

@@ -35,8 +35,9 @@ class Line:
             over rows, the rest without. Accuracies, efficacy and attack as in `Cell`; ``gap`` is `Row.mean_gap` to
             retraining; ``disparity`` the same over unlearning accuracy, efficacy, retain and test, as in the field's
             table; ``tug_of_war``; ``seconds``; ``seconds_over_retrain``; ``yardstick_gap`` and ``yardstick_seconds``,
-            those of retraining stopped after as much compute; ``over_yardstick``, the gap minus the yardstick's, where
-            below zero is worth the method's cost; ``over_original``, the gap minus that of doing nothing. What was not measured is missing.
+            those of retraining stopped after as much compute; ``over_yardstick`` and ``over_original``, the gap minus
+            the yardstick's and minus the original's, where below zero is worth the method's cost. What was not measured
+            is missing.
     """
 
     sparsity: float
