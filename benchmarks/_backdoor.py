@@ -31,7 +31,7 @@ import torch
 from expunge import FineTune, GradientAscent, NegGradPlus, Recipe, Records, datasets, load
 from expunge.core.coins import child, generator
 from expunge.core.errors import Misuse, NothingChanged
-from expunge.core.estimate import mean
+from expunge.core.estimate import Estimate, mean
 from expunge.learn.predict import outputs
 from expunge.learn.triggers import poison, stamped
 from expunge.study.backdoor import (
@@ -98,6 +98,9 @@ class Plan:
         }
 
 
+PLAN = Plan(sparsities=SPARSITIES, trials=200, seeds=(1, 2, 3), epochs=3, reads=READS, by="synflow")
+
+
 def main() -> None:
     """Search, confirm, and say what came out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -105,19 +108,24 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few trials, two sparsities, no evidence")
     parser.add_argument("--by", default="synflow", choices=("magnitude", "synflow", "random"), help="how to prune")
     words = parser.parse_args()
-    torch.set_num_threads(1)
-    plan = Plan(sparsities=SPARSITIES, trials=200, seeds=(1, 2, 3), epochs=3, reads=READS, by=words.by)
+    plan = replace(PLAN, by=words.by)
     if words.quick:
         plan = replace(plan, sparsities=(0.0, 0.95), trials=8, seeds=(1, 2), epochs=1, reads=2_000)
+    print(json.dumps(run(words.folder, plan)))
+
+
+def run(folder: Path, plan: Plan = PLAN) -> dict[str, Any]:
+    """Go on with what is in the folder; what came out."""
+    torch.set_num_threads(1)
     data = datasets.mnist()
     half = torch.randperm(len(data.test), generator=child(generator(0), "halves"))
     first, second = (data.test.select(part.sort().values) for part in half.chunk(2))
-    with opened(words.folder / "cells", plan.to_json()) as cells:
+    with opened(folder / "cells", plan.to_json()) as cells:
         for sparsity in plan.sparsities:
-            search(cells, plan, sparsity, data.train, first, words.folder)
+            search(cells, plan, sparsity, data.train, first, folder)
         for sparsity in plan.sparsities:
             confirm(cells, plan, sparsity, data.train, second)
-        print(json.dumps(conclude(cells, plan)))
+        return conclude(cells, plan)
 
 
 def drawn(method: str, number: int, steps: int) -> dict[str, float]:
@@ -237,7 +245,8 @@ def conclude(cells: Cells, plan: Plan) -> dict[str, Any]:
         for sparsity in plan.sparsities
         for seed in plan.seeds
     ]
-    for line in Cleansing(backdoor=Backdoor(), cells=tuple(found)).summary():
+    table = Cleansing(backdoor=Backdoor(), cells=tuple(found)).summary()
+    for line in table:
         print(
             f"{line['sparsity']:5g} {line['model']:16} test {line['test']:.2%}  attack {line['attack']:.2%}  "
             f"floor {line['floor']:.2%}  attack gap {line['attack_gap']:.2%}  seconds {line['seconds']:.1f}"
@@ -255,7 +264,9 @@ def conclude(cells: Cells, plan: Plan) -> dict[str, Any]:
             "against_dense": gain.to_json() if sparsity else None,
             "verdict": verdict if sparsity else "reference",
         }
-    return {"trials_per_sparsity": plan.trials, "reads": plan.reads, "by": plan.by, "sparsities": answer}
+    told = [{name: one.to_json() if isinstance(one, Estimate) else one for name, one in line.items()} for line in table]
+    common = {"trials_per_sparsity": plan.trials, "reads": plan.reads, "by": plan.by}
+    return {**common, "sparsities": answer, "table": told}
 
 
 def _confirmed(cells: Cells, plan: Plan, sparsity: float, found: list[Cell]) -> tuple[str, list[float]]:

@@ -7,10 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from expunge import datasets
 from expunge.core.estimate import Estimate, mean
 from expunge.study import Cell, Study, StudyResult
-from expunge.study.store import opened
 
 COLUMNS = (
     ("unlearning_accuracy", "UA", 100),
@@ -43,26 +41,19 @@ anew, without the forgotten rows. Seconds were taken on two cores that other wor
 
 def write_page(studies: Mapping[str, tuple[Study, str]], results: Path, page: Path) -> None:
     """Write the page from whatever is finished."""
-    found = {
-        name: result for name, (study, data) in studies.items() if (result := finished(study, data, results / name))
-    }
-    lines = [HEAD, *_claims(found), *_proposition(results / "proposition")]
+    found = {name: result for name in studies if (result := finished(results / name)) is not None}
+    lines = [HEAD, *_claims(found), *_proposition(results / "proposition"), *_backdoor(results / "backdoor")]
     for name, (study, data) in studies.items():
-        lines += _part(name, study, data, found.get(name))
+        lines += _part(study, data, found.get(name))
     page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
-def finished(study: Study, data: str, folder: Path) -> StudyResult | None:
+def finished(folder: Path) -> StudyResult | None:
     """What there is of a study so far; None if nothing."""
-    if not (folder / "cells.jsonl").exists():
-        return None
-    rows = datasets.get(data)
-    about = study.about(rows.train, rows.test)
-    with opened(folder, about) as cells:
-        return StudyResult.of(about, cells.known.values())
+    return StudyResult.read(folder) if (folder / "study.json").exists() else None
 
 
-def _part(name: str, study: Study, data: str, result: StudyResult | None) -> Iterator[str]:
+def _part(study: Study, data: str, result: StudyResult | None) -> Iterator[str]:
     seeds = f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}"
     yield f"## {study.recipe.model} on {data}, {study.recipe.epochs} epochs, {seeds}\n"
     table = () if result is None else result.table()
@@ -166,6 +157,39 @@ def _proposition(folder: Path) -> Iterable[str]:
         f"\nRank correlation over the six sparsities, mean over seeds: error with density "
         f"{_figure(found['error_with_density'])}, error with bound {_figure(found['error_with_bound'])}.\n"
     )
+
+
+def _backdoor(folder: Path) -> Iterable[str]:
+    path = folder / "summary.json"
+    yield "## Removing a backdoor\n"
+    if not path.exists():
+        yield "Not measured.\n"
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    yield (
+        f"LeNet on full MNIST, 3 epochs, pruned by {found['by']}; a patch on 5 % of the rows of other classes, "
+        f"which are then to be unlearned. {found['trials_per_sparsity']} trials of settings at each sparsity, all "
+        "recorded in `cells.jsonl`, on one model and half of the test images; the best settings of each method were then measured "
+        "on three other seeds and the other half. attack: share of stamped test images of other classes that are taken "
+        "for the target class; floor: the same without the stamp. Images of the target class count for neither. "
+        f"Methods read all poisoned rows and {found['reads']:,} of the retained ones.\n"
+    )
+    yield "| sparsity | model | test, % | attack, % | floor, % | attack less retraining's, points |"
+    yield "|---|---|---|---|---|---|"
+    for line in found["table"]:
+        figures = [_interval(line[name]) for name in ("test", "attack", "floor", "attack_gap")]
+        yield f"| {line['sparsity']:.0%} | {line['model']} | " + " | ".join(figures) + " |"
+    yield "\nScore: test accuracy less attack success, of the search's winner, on the fresh seeds, in points.\n"
+    yield "| sparsity | winner | score | less the dense winner's | does sparsity help? |"
+    yield "|---|---|---|---|---|"
+    for sparsity, one in found["sparsities"].items():
+        against = _interval(one["against_dense"]) if one["against_dense"] else ""
+        yield f"| {float(sparsity):.0%} | {one['winner']} | {_interval(one['score'])} | {against} | {one['verdict']} |"
+    yield "\nThe intervals of the last column but one hold together with 95 % (Bonferroni).\n"
+
+
+def _interval(data: Mapping[str, float]) -> str:
+    return f"{100 * data['value']:.1f} ({100 * data['low']:.1f} to {100 * data['high']:.1f})"
 
 
 def _figure(value: Mapping[str, float]) -> str:

@@ -18,11 +18,11 @@ def cross_entropy(outputs, y):
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-        self.head = nn.Linear(8, 3)
+        self.layer = nn.TransformerEncoderLayer(4, 2, 4, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(4, 3)
 
     def forward(self, x):
-        return self.head(self.layer(x.view(len(x), 3, 8)).mean(1))
+        return self.head(self.layer(x.view(len(x), 6, 4)).mean(1))
 
 
 def made(kind):
