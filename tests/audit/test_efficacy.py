@@ -83,6 +83,24 @@ def test_strangers_are_of_retained_classes_only(models):
     assert mia_efficacy(models[0], FORGET, kept, TEST.of_class(2)) is None
 
 
+def sure(label, *confidences):
+    """Rows that are their own outputs, with these confidences in their label."""
+    told = torch.zeros(len(confidences), 2)
+    told[:, label] = torch.tensor(confidences)
+    ids = [f"{label}-{i}-{one}" for i, one in enumerate(confidences)]
+    return Records(told, torch.full((len(confidences),), label), ids, classes=2)
+
+
+def test_strangers_of_other_classes_do_not_move_the_threshold(models):
+    retain, forget = sure(0, 2.0, 2.0, 2.0, 3.0), sure(1, 1.5, 1.5, 2.5)
+    alike, others = sure(0, 0.0, 0.0, 1.0, 1.0), sure(1, *[2.2] * 20)
+    for test in (alike, alike.plus(others)):
+        found = mia_efficacy(models[0], forget, retain, test, ask=lambda _, rows: rows.x)
+        assert found.value == 2 / 3  # by a threshold of 2; with the others among the strangers it would be 3
+    everybody = torch.cat([confidence(one.x, one.y) for one in (alike, others)])
+    assert best_threshold(confidence(retain.x, retain.y), everybody) == 3
+
+
 def test_what_has_no_confidence_is_refused():
     rows = Records(X, X[:, 0])
     model = train(Recipe(model="mlp", loss="mse", epochs=1, optimiser_args={"lr": 0.01}), rows)

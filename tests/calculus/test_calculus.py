@@ -1,5 +1,7 @@
 """Each derivative and each solver against brute force in float64; batch norm in training mode is refused."""
 
+from threading import Event, Thread
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from expunge.calculus import FisherDual, Objective, conjugate_gradients, dense, lissa, mean_eigenvalue, solve_dense
+from expunge.calculus.objective import _second_derivatives
 from expunge.core.errors import Misuse, Unsupported
 
 
@@ -270,6 +273,61 @@ def test_the_mean_eigenvalue_is_exact_for_few_parameters_and_else_near(system):
     state = rng.get_state()
     assert several[0] == mean_eigenvalue(lambda v: matrix @ v, like, rng, probes=8)
     assert torch.equal(state, rng.get_state())
+
+
+@pytest.mark.parametrize("probes", [1, 3, 8, 11, 40])
+def test_of_a_diagonal_matrix_any_number_of_probes_finds_the_mean_eigenvalue(probes):
+    diagonal = torch.linspace(-1, 5, 12, dtype=torch.float64)
+    products = []
+
+    def product(v):
+        products.append(v)
+        return diagonal * v
+
+    found = mean_eigenvalue(product, diagonal, torch.Generator().manual_seed(0), probes=probes)
+    assert found == pytest.approx(2.0, rel=1e-12)
+    assert len(products) == min(probes, 12)
+
+
+def switches():
+    return (
+        torch.backends.mha.get_fastpath_enabled(),
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+    )
+
+
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_threads_that_overlap_leave_attention_as_it_was(first_out):
+    """Each goes in while the other is inside, and out in either order; nobody sees the fused kernels from inside."""
+    before, seen = switches(), []
+    into, out = [Event(), Event()], [Event(), Event()]
+
+    def work(which):
+        with _second_derivatives():
+            into[which].set()
+            out[which].wait(60)
+            seen.append(switches())
+
+    threads = [Thread(target=work, args=(which,)) for which in (0, 1)]
+    for thread, event in zip(threads, into, strict=True):
+        thread.start()
+        assert event.wait(60)
+    for which in (first_out, 1 - first_out):
+        out[which].set()
+        threads[which].join(60)
+    assert before[0]
+    assert any(before[1:3])
+    assert seen == [(False, False, False, True)] * 2
+    assert switches() == before
+
+
+def test_an_error_inside_leaves_attention_as_it_was():
+    before = switches()
+    with pytest.raises(ZeroDivisionError), _second_derivatives(), _second_derivatives():
+        raise ZeroDivisionError
+    assert switches() == before
 
 
 def test_a_ridge_is_added_as_it_is_and_may_not_be_negative():

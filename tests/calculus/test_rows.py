@@ -58,6 +58,32 @@ class Aside(Tied):
         return self.head(self.layer(x).tanh() @ self.layer.weight)
 
 
+class Slightly(Tied):
+    """As `Aside`, and what the weight does besides is small."""
+
+    def __init__(self, share=0.005):
+        super().__init__()
+        self.share = share
+
+    def forward(self, x):
+        return self.head(self.layer(x).tanh() + self.share * x @ self.layer.weight)
+
+
+class Faint(Aside):
+    """As `Aside`, by a path that adds little to the gradient as a whole."""
+
+    def forward(self, x):
+        return self.head(x + 1e-8 * (self.layer(x).tanh() @ self.layer.weight))
+
+
+class Inner(Tokens):
+    """A norm over the last axis of rows that have two."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(5)
+
+
 class Turned(Tied):
     """Rows not along the first axis of what the layer sees: with as many rows as there are, shapes do not tell."""
 
@@ -87,12 +113,15 @@ MODULES = {
     "dilated": lambda: image(nn.Conv2d(1, 2, (2, 3), dilation=(2, 1), padding=1), nn.Tanh()),
     "strided": lambda: image(nn.Conv2d(1, 2, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(2, 2, 2, bias=False)),
     "tokens": Tokens,
+    "inner": Inner,
     "in place": InPlace,
 }
 OTHERS = {
     "tied": Tied,
     "twins": Twins,
     "aside": Aside,
+    "slightly": Slightly,
+    "faint": Faint,
     "turned": Turned,
     "groups": lambda: image(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Conv2d(4, 4, 2, groups=2)),
     "same": lambda: image(nn.Conv2d(1, 2, 3, padding="same"), nn.Tanh()),
@@ -161,6 +190,63 @@ def test_every_way_holds_the_gradients_of_a_loop(kind, masked):
     same_matrix(row_gradients(objective, x, y), right)
     same_matrix(row_gradients(objective, x, y, most=4 * each), right)
     torch.testing.assert_close(objective.gradients(x, y), right, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("share", "dtype", "way"),
+    [
+        (5e-3, torch.float64, "_by_rows"),
+        (1e-5, torch.float64, "_by_rows"),
+        (5e-3, torch.float32, "_by_rows"),
+        (0.0, torch.float64, "_by_layers"),
+        (0.0, torch.float32, "_by_layers"),
+    ],
+)
+def test_a_weight_that_is_used_besides_by_however_little_does_not_go_by_layers(share, dtype, way):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        objective = Objective(Slightly(share).to(dtype).eval(), cross_entropy)
+    x, y = rows()
+    make, _ = maker(objective, x.to(dtype), y)
+    assert make.func.__name__ == way
+
+
+def test_a_gradient_that_is_zero_but_for_rounding_hinders_nobody():
+    """A bias in front of a norm of its own channel alone: what it adds is taken out again."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = image(nn.Conv2d(1, 4, 3), nn.GroupNorm(4, 4), nn.Tanh())
+        module(torch.randn(2, 24))
+    for dtype in (torch.float32, torch.float64):
+        objective = Objective(module.to(dtype).eval(), cross_entropy)
+        x, y = rows()
+        make, _ = maker(objective, x.to(dtype), y)
+        bias = objective.pieces(objective.gradient(x.to(dtype), y))["1.bias"]
+        assert float(bias.norm()) < 1e-4
+        assert make.func.__name__ == "_by_layers"
+
+
+def test_rows_whose_gradients_are_all_zero_try_nothing():
+    objective = objective_of("mlp")
+    silent = Objective(objective.module, lambda out, y: 0 * cross_entropy(out, y))
+    assert maker(silent, *rows())[0].func.__name__ == "_by_rows"
+
+
+def test_work_is_counted_in_gradients_of_one_row():
+    objective = objective_of("mlp")
+    x, y = rows(11)
+    _, each = maker(objective, x, y)
+    kept, again = row_gradients(objective, x, y), row_gradients(objective, x, y, most=8 * each)
+    v, c = torch.ones(objective.size, dtype=torch.float64), torch.ones(11, dtype=torch.float64)
+    assert (kept.made, again.made) == (11, 0)
+    again.gram()
+    assert again.made == 4 + 2 * 4 + 3 * 3  # blocks of 4, 4 and 3: each with itself and with those before it
+    again.times(v)
+    again.transposed(c)
+    assert again.made == 21 + 2 * 11
+    kept.gram()
+    kept.times(v)
+    assert kept.made == 11
 
 
 def test_chunks_of_rows_are_joined_in_order():

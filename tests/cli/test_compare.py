@@ -120,10 +120,19 @@ WRONG = {
     "no trials": ("--folder s --trials 0", "trials must be an integer >= 1"),
     "a search without test rows": ("--folder s --trials 2", "give test rows, or trials=1"),
     "unknown criterion": ("--folder s --criterion test", 'criterion is validation or oracle, got "test"'),
-    "unknown pruning": ("--folder s --prune-by luck", 'by magnitude, synflow or random, got "luck"'),
+    "unknown pruning": (
+        "--folder s --prune-by luck --sparsities 0",
+        'must be one of magnitude, synflow, random, got "luck"',
+    ),
     "unknown compute": ("--folder s --equal-compute steps", "seconds, gradients or None"),
     "a setting of no method": ("--folder s --set lr=0.1", "--set lr=0.1 is of no method compared"),
-    "a setting that is none": ("--folder s --set fine-tune.speed=2", 'fine-tune has no setting "speed=2"'),
+    "a setting that is none": (
+        "--folder s --set fine-tune.speed=2",
+        'fine-tune has no setting "speed"; it has epochs, lr',
+    ),
+    "a setting without a value": ("--folder s --set fine-tune.lr", "--set lr lacks its value; give it as lr=value"),
+    "an owner held out": ("--folder s --holdout 0.9 --scenarios owner:c-3", '"c-3" of scenario .* was held out'),
+    "nothing to prune": ("--folder s --model softmax", "there is nothing to prune"),
     "test rows twice": ("--folder s --test t.csv --holdout 0.2", "--test or --holdout, not both"),
     "a holdout of all": ("--folder s --holdout 1", "share must lie between 0 and 1"),
     "a folder of other things": ("--folder .", "holds something other than a study; name a new folder"),
@@ -135,7 +144,7 @@ WRONG = {
 def test_wrong_words_get_one_line_and_leave_nothing_behind(expunge, table, tmp_path, case):
     words, complaint = WRONG[case]
     said = expunge(*BASE, *words.split())
-    assert (said.code, said.out) == (2, "")
+    assert (said.code, said.out) == (3 if case == "nothing to prune" else 2, "")
     assert len(said.err.splitlines()) == 1
     assert re.search(complaint, said.err), said.err
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]

@@ -173,13 +173,40 @@ def test_methods(ask, expunge):
     found = ask("methods")["methods"]
     assert [about["method"] for about in found] == list(METHODS)
     assert {about["method"] for about in found if about["claim"] == "exact"} == {"retrain", "sisa"}
-    keys = {"method", "claim", "needs", "settings", "source", "not_guaranteed", "class", "what", "cost"}
+    keys = {"method", "claim", "needs", "settings", "source", "not_guaranteed", "class", "what", "cost", "choices"}
     assert all(set(about) == keys and about["not_guaranteed"] for about in found)
     said = expunge("methods")
     assert all(about["not_guaranteed"] in said.out for about in found)
 
 
 ON_MODELS = ("demo", "train", "forget", "evaluate", "compare", "records", "methods")
+
+
+def test_a_method_around_another_takes_settings_of_both(ask, digits):
+    words = ("forget", digits / "whole", *DIGITS, "--class", 3, "--method", "pruned-fine-tune", "--set", "by=random")
+    found = ask(*words, "--set", "then.epochs=1", "--set", "then.lr=0.01", "--set", "sparsity=0.5", "--out", "a")
+    other = ask(*words, "--set", "then=gradient-ascent", "--set", "sparsity=0.5", "--out", "b")
+    assert (found["method"], other["method"]) == ("pruned-fine-tune", "pruned-gradient-ascent")
+    weights = load("a").module.state_dict()["body.0.weight"]
+    assert int((weights == 0).sum()) == weights.numel() // 2
+
+
+def test_a_model_that_was_ruined_is_told_of(expunge, digits):
+    words = ("forget", digits / "whole", *DIGITS, "--class", 3, "--method", "fine-tune", "--set")
+    said = expunge(*words, "lr=1e6", "--out", "ruined")
+    assert said.code == 0
+    assert re.search(r"warning: of the records that stay, the model now gets \d+% right, and before 9\d%", said.err)
+    assert "warning" not in expunge(*words, "lr=0.01", "--out", "fine").err
+
+
+def test_steps_are_kept_for_the_method_that_takes_them_back(ask, expunge, digits):
+    quick = (*DIGITS, "--model", "softmax", "--epochs", 1, "--batch-size", 512)
+    ask("train", *quick, "--keep-steps", "--out", "kept")
+    gone = ("--class", 3, "--method", "amnesiac-unlearning")
+    assert ask("forget", "kept", *DIGITS, *gone, "--out", "after")["removed"] == 389
+    said = expunge("forget", digits / "whole", *DIGITS, *gone, "--out", "no")
+    assert said.code == 3
+    assert "--keep-steps" in said.err
 
 
 @pytest.mark.parametrize("command", ON_MODELS)

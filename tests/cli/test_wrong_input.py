@@ -77,9 +77,9 @@ CASES = {
     "ids file is empty": Wrong(f"{FORGET} --ids-file e.txt", "names no record; write one id a line", make=text("e.txt", "\n")),
     "nothing would be left": Wrong(f"{FORGET} --ids-file all.txt", "none to train on; retire the model", make=text("all.txt", "\n".join(f"r-{i}" for i in range(60)))),
     # how
-    "unknown method": Wrong(f"{FORGET} --owner c-1 --method magic", 'unknown method "magic"; known: fine-tune'),
-    "unknown setting": Wrong(f"{FORGET_WHOLE} --owner c-1 --method fine-tune --set speed=9", 'has no setting "speed=9"; it has'),
-    "setting without value": Wrong(f"{FORGET_WHOLE} --owner c-1 --method fine-tune --set lr", "given as name=value"),
+    "unknown method": Wrong(f"{FORGET} --owner c-1 --method magic", 'unknown method "magic"; known: amnesiac-unlearning'),
+    "unknown setting": Wrong(f"{FORGET_WHOLE} --owner c-1 --method fine-tune --set speed=9", 'has no setting "speed"; it has'),
+    "setting without value": Wrong(f"{FORGET_WHOLE} --owner c-1 --method fine-tune --set lr", "lacks its value; give it as lr=value"),
     "setting of another type": Wrong(f"{FORGET_WHOLE} --owner c-1 --method fine-tune --set lr=fast", 'lr must be a number, got "fast"'),
     "setting not whole": Wrong(f"{FORGET_WHOLE} --owner c-1 --method fine-tune --set epochs=1.5", "epochs must be a whole number"),
     "setting of no such word": Wrong(f"{FORGET_WHOLE} --owner c-1 --set coins=old", "coins must be one of same, fresh"),

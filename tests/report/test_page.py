@@ -112,6 +112,14 @@ def test_intervals_go_below_their_figures_on_the_page(page):
     assert '<td>96.4<span class="range">95.9 to 96.8</span></td>' in page
 
 
+def test_the_page_is_as_wide_as_its_tables_need_and_its_text_is_not(page):
+    rules = dict(re.findall(r"(?m)^([\w., ]+) \{([^}]*)\}", page.partition("</style>")[0]))
+    assert "width: fit-content" in rules["body"]
+    assert "max-width: 100%" in rules["body"]  # of the window: wider tables scroll
+    assert "max-width: 66rem" in next(rule for names, rule in rules.items() if "p" in names.split(", "))
+    assert "max-width" not in rules["table"] + rules[".scroll"]
+
+
 HEADERS = ("method", "claim", "forget", "retain", "test", "attack", "gap", "seconds", "ratio")
 ROWS = (
     ("(retrain, same time)", "not unlearned", *["100.0 (98.9 to 100.0)"] * 3, "0.51 (0.49 to 0.52)", "(ref.)", "", ""),

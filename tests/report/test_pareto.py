@@ -42,6 +42,12 @@ def test_points_and_yardstick_stand_where_they_belong():
     assert (axes.get_xscale(), axes.get_ylabel()) == ("log", "gap to retraining, points")
 
 
+def test_doing_nothing_is_a_line_of_its_own_height():
+    lines = {line.get_label(): line for line in _drawn(POINTS, [], 0.25).axes[0].get_lines()}
+    assert list(lines["doing nothing (original)"].get_ydata()) == [25.0, 25.0]
+    assert "doing nothing (original)" not in {line.get_label() for line in _drawn(POINTS, []).axes[0].get_lines()}
+
+
 def test_an_interval_below_zero_is_cut_and_the_same_figures_give_the_same_bytes():
     wide = [spent("wide", 1.0, 0.1, -0.3, 1.5)]
     assert gap_against_seconds(wide) == gap_against_seconds(wide)

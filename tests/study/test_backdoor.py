@@ -125,6 +125,15 @@ def test_a_budget_lets_the_method_see_so_many_retained_rows(infected):
             infected.unlearn(Nudge(), rng=generator(0), reads=reads)
 
 
+def test_which_rows_may_be_read_does_not_depend_on_their_order(infected):
+    seen.clear()
+    shuffled = infected.records.select(torch.randperm(len(infected.records), generator=generator(9)))
+    for records in (infected.records, shuffled):
+        replace(infected, records=records).unlearn(Nudge(), rng=generator(0), reads=100)
+    assert set(seen[0][2]) == set(seen[1][2])
+    assert len(set(seen[0][2])) == 100
+
+
 def test_a_method_more_changes_no_other_methods_coins(infected, digits):
     reference = infected.retrain()
     seen.clear()

@@ -48,6 +48,7 @@ def test_a_draw_is_a_function_of_the_ids_and_not_of_their_places():
         ("random:1", "must be > 0 and < 1, got 1.0"),
         ("random:0", "must be > 0 and < 1, got 0.0"),
         ("random:nan", "must be > 0 and < 1, got nan"),
+        ("ids:who.txt", r"give .* for ids, Scenario.of_ids, or ids:FILE on the command line"),
         ("owner:", 'unknown scenario "owner:"'),
         ("clss:3", 'unknown scenario "clss:3"; give class:3, random:0.1 or owner:NAME'),
     ],
@@ -60,7 +61,7 @@ def test_words_that_say_nothing_are_refused(text, complaint):
 def test_a_scenario_says_one_thing():
     with pytest.raises(Misuse, match="in one way"):
         Scenario(name="two", label=3, share=0.1)
-    with pytest.raises(Misuse, match="in one way"):
+    with pytest.raises(Misuse, match='scenario "none" names no record, got 0 ids; give at least one'):
         Scenario.of_ids("none", [])
 
 

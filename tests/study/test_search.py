@@ -11,6 +11,7 @@ from sklearn.datasets import load_digits
 
 from expunge import FineTune, GradientAscent, Misuse, NegGradPlus, Recipe, Records, Retrain, Sisa, train, unlearn
 from expunge.learn.predict import outputs
+from expunge.report import study_report
 from expunge.study import Study, grid, run_study
 from expunge.study.search import SPACES, Choice, Goal, Log, drawn, settings_of, space_of, with_settings
 from expunge.unlearn.method import Done, Method
@@ -118,6 +119,30 @@ def test_the_search_sees_neither_measured_rows_nor_a_retrained_model(monkeypatch
     assert found.line(0.0, "class:3", "fine-tune").figures["test"].n < 160
 
 
+def test_the_goal_is_given_the_rows_set_aside_and_no_others(monkeypatch):
+    given = []
+
+    class Spy(Goal):
+        def __init__(self, original, forget, retain, validation, seed):
+            given.append((set(forget.ids) | set(retain.ids), set(validation.ids)))
+            super().__init__(original, forget, retain, validation, seed)
+
+    monkeypatch.setattr(grid, "Goal", Spy)
+    plan = study(methods=(FineTune(),), seeds=(0,), trials=2)
+    run_study(plan, ROWS, TEST)
+    assert given == [(set(ROWS.ids), set(plan.held_out(TEST)[0].ids))]
+
+
+def test_a_report_says_what_the_search_made_small_and_in_what_unit():
+    for criterion, word in (("validation", "plus what is lost on retained rows"), ("oracle", "the gap to a retrained")):
+        found = run_study(study(methods=(FineTune(),), seeds=(0,), trials=2, criterion=criterion), ROWS, TEST)
+        table = next(one for one in study_report(found).chapters if one.name == "search").grids[0]
+        place = table.headers.index(f"{criterion}, points")
+        assert table.rows[0][place] == f"{100 * found.chosen()[0]['best']['value']:.2f}"
+        assert f"{criterion}: what the search made small" in table.notes
+        assert word in table.notes
+
+
 def _in(whole, part):
     return torch.tensor([one in part for one in whole.ids])
 
@@ -165,6 +190,17 @@ def test_the_goal_is_its_formula(scenario):
     assert goal.value(goal.figures(original)) == pytest.approx(abs(share(original, split.forget) - goal.target))
 
 
+def test_what_a_candidate_gains_over_the_original_is_no_fault():
+    original = train(RECIPE, ROWS)
+    split = study(methods=(FineTune(),)).chosen_scenarios[0].request(ROWS, 0).split(ROWS)
+    goal = Goal(original, split.forget, split.retain, TEST, 0)
+    known = goal.original
+    for name in ("retain", "validation"):
+        better, worse = ({**known, "forget": goal.target, name: known[name] + change} for change in (0.05, -0.05))
+        assert goal.value(better) == 0
+        assert goal.value(worse) == pytest.approx(0.05, abs=1e-12)
+
+
 def test_the_goal_prefers_retraining_to_standing_still_and_to_a_ruin():
     original = train(replace(RECIPE, epochs=20), ROWS)
     split = study(methods=(FineTune(),)).chosen_scenarios[0].request(ROWS, 0).split(ROWS)
@@ -192,6 +228,18 @@ def test_ranges_name_settings_that_their_classes_have_and_take():
         method = kind(then=FineTune()) if name == "SaliencyMasked" else kind()
         for trial in range(30):
             with_settings(method, drawn(method, name, trial, 0))  # every draw is a setting that the class takes
+
+
+def test_each_default_lies_within_its_own_range():
+    for name, kind in methods_of_the_room().items():
+        method = kind(then=FineTune()) if name == "SaliencyMasked" else kind()
+        for field, span in space_of(method).items():
+            owner, _, inner = field.rpartition(".")
+            value = getattr(getattr(method, owner) if owner else method, inner)
+            inside = span.low <= value <= span.high if isinstance(span, Log) else value in span.values
+            assert inside, (name, field, value, span)
+    unknown = space_of(Counted(epochs=7))["epochs"]
+    assert unknown == Choice((1, 2, 3, 5, 7))
 
 
 def test_what_the_table_does_not_know_is_searched_by_lr_and_epochs_alone():

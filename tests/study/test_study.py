@@ -1,7 +1,7 @@
 """A study end to end, on digits: its figures, its liars, its interruptions."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from expunge.audit import Table, measure, mia_efficacy
 from expunge.core.errors import BadRecipe, EmptyRetain, Misuse, Stopped, UnknownRecord, Unsupported
 from expunge.learn.pruning import mask_of_zeros
 from expunge.report import study_grids, study_report, write
-from expunge.study import Study, StudyResult, grid, run_study
+from expunge.study import Scenario, Study, StudyResult, grid, run_study
 from expunge.unlearn.method import Done, Method
 
 PIXELS, LABELS = load_digits(return_X_y=True)
@@ -153,10 +153,28 @@ def test_a_yardstick_costs_what_its_method_cost(done):
         if method.gradients:
             assert cell.gradients == pytest.approx(method.gradients, rel=0.05)
             checked += 1
-        assert cell.steps < full.steps
+        share = method.gradients / full.gradients
+        assert cell.steps == max(1, round(full.steps * share))
+        assert share < 1
     assert checked >= 8
     line = done[0].line(0.0, "class:3", "fine-tune").figures
     assert line["over_yardstick"].value == pytest.approx(line["gap"].value - line["yardstick_gap"].value)
+
+
+def test_equal_seconds_are_seconds_and_not_gradients(monkeypatch):
+    whole, call = {"retrain": 8.0, "fine-tune": 2.0}, Method.__call__
+
+    def timed(self, *args, **kwargs):
+        answer = call(self, *args, **kwargs)
+        return replace(answer, cost=replace(answer.cost, seconds=whole.get(self.name, 1.0)))
+
+    monkeypatch.setattr(Method, "__call__", timed)
+    found = run_study(study(**SMALL, methods=(FineTune(),), equal_compute="seconds"), ROWS, TEST)
+    cells = {cell.kind: cell for cell in found.cells}
+    assert cells["method"].gradients / cells["retrain"].gradients == pytest.approx(1 / 3)
+    assert cells["yardstick"].steps == round(cells["retrain"].steps * 2 / 8)
+    gradients = run_study(study(**SMALL, methods=(FineTune(),), equal_compute="gradients"), ROWS, TEST)
+    assert {cell.kind: cell.steps for cell in gradients.cells}["yardstick"] == round(cells["retrain"].steps / 3)
 
 
 def test_a_method_as_dear_as_retraining_is_held_against_retraining_itself():
@@ -225,7 +243,8 @@ def test_a_method_is_not_called_worth_it_for_standing_still(done):
         trials=(),
     )
     report = study_report(alone)
-    assert report.verdict.startswith("Of 4 rows (a method, a scenario and a sparsity), 0 are nearer")
+    assert "Of 4 rows (a method, a scenario and a sparsity), 0 are nearer" in report.verdict
+    assert "unfinished" not in study_report(done[0]).facts
 
 
 def test_a_half_finished_study_says_what_is_missing(tmp_path):
@@ -233,6 +252,8 @@ def test_a_half_finished_study_says_what_is_missing(tmp_path):
     with pytest.raises(Stopped):
         run_study(plan, ROWS, TEST, folder=tmp_path / "s", report=Interrupting(6))
     found = StudyResult.read(tmp_path / "s")
+    assert study_report(found).facts["unfinished"] == "2 of 8 cells are not done yet; incomplete: seed 1"
+    assert [key[3:] for key in found.to_do()] == [(1, "method", "one-bit"), (1, "method", "nothing")]
     table = study_grids(found)[0]
     assert [row[0] for row in table.rows] == ["original", "retrain", "one-bit (1 of 2 seeds)", "nothing"]
     assert "one-bit: 1 of 2 measured (the others are not done yet)" in table.notes
@@ -312,6 +333,16 @@ def test_a_report_shows_every_row_and_escapes_what_is_not_measured(done, tmp_pat
     [
         ({"methods": ()}, Misuse, "needs methods"),
         ({"scenarios": ()}, Misuse, "needs scenarios"),
+        ({"methods": ["fine-tune"]}, Misuse, "methods must be methods, got 'fine-tune'; give one, as FineTune()"),
+        ({"methods": {"mine": FineTune}}, Misuse, "methods must be methods, got <class"),
+        ({"methods": FineTune()}, Misuse, "methods must be a sequence or a mapping, got FineTune"),
+        ({"methods": "fine-tune"}, Misuse, "methods must be a sequence or a mapping, got 'fine-tune'"),
+        ({"methods": None}, Misuse, "methods must be a sequence or a mapping, got None"),
+        ({"scenarios": "class:3"}, Misuse, "scenarios must be a sequence, got 'class:3'; give one, as .*class:3"),
+        ({"scenarios": Scenario.parse("class:3")}, Misuse, "scenarios must be a sequence, got Scenario"),
+        ({"scenarios": (3,)}, Misuse, "scenarios must be Scenario or text, got 3; give one, as class:3"),
+        ({"sparsities": 0.5}, Misuse, "sparsities must be a sequence, got 0.5"),
+        ({"seeds": 3}, Misuse, "seeds must be a sequence, got 3"),
         ({"seeds": ()}, Misuse, "needs seeds"),
         ({"seeds": (1, 1)}, Misuse, "seeds must differ"),
         ({"sparsities": (0, 1)}, Misuse, "sparsities must be"),

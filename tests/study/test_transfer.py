@@ -12,6 +12,7 @@ from expunge.core.estimate import Estimate
 from expunge.core.recipe import Pruning, Recipe
 from expunge.core.records import Records
 from expunge.learn.build import build
+from expunge.learn.loop import prepare
 from expunge.learn.pruning import mask_of_zeros
 from expunge.learn.training import train
 from expunge.study.transfer import Start, Transfer, learn_target, transfer
@@ -110,6 +111,23 @@ def test_a_probe_moves_the_head_alone(tasks):
     assert not torch.equal(probe.head.weight, learn_target(source, zero_steps(tasks[1]), tasks[1]).module.head.weight)
     random_body = learn_target(None, goal, tasks[1], tune="head").module
     assert torch.equal(next(random_body.parameters()), next(build(goal).parameters()))
+
+
+def test_a_probe_leaves_batch_statistics_as_they_are_and_reads_the_body_by_them(tasks):
+    batch = replace(RECIPE, epochs=1, model_args={"hidden": [16], "norm": "batch"})
+    source = train(batch, tasks[0]).module
+    goal = replace(batch, batch_size=len(tasks[1])).completed(tasks[1])
+    probe, whole = (learn_target(source, goal, tasks[1], tune=tune) for tune in ("head", "all"))
+    body = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith("head")}
+    moving = [name for name in body if "running" in name or "tracked" in name]
+    assert len(moving) == 3
+    assert all(torch.equal(probe.module.state_dict()[name], tensor) for name, tensor in body.items())
+    assert not any(torch.equal(whole.module.state_dict()[name], body[name]) for name in moving)
+    before = learn_target(source, replace(goal, epochs=0), tasks[1], tune="head").module.eval()
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(before(prepare(tasks[1].x, torch.float64)), tasks[1].y)
+    assert probe.log.losses[0] == pytest.approx(float(loss), abs=1e-9)  # one step: of the body as it will be used
+    assert whole.log.losses[0] != pytest.approx(float(loss), abs=1e-4)
 
 
 def test_pruned_weights_stay_pruned_on_the_way(tasks):

@@ -19,6 +19,8 @@ from expunge.learn.loop import Keep, Tally
 from expunge.learn.training import adopt, load, train
 from expunge.testing import conformance
 from expunge.unlearn.amnesiac import AmnesiacUnlearning, without
+from expunge.unlearn.sparsity import Masked, Pruned
+from expunge.unlearn.steps import Steps
 
 ALL = Keep(batches=True, every=1)
 PLAIN = AmnesiacUnlearning(repair_epochs=0)
@@ -228,6 +230,98 @@ def test_a_model_pruned_at_random_stays_pruned():
     assert all(bool((state["body.0.weight"][zero] == 0).all()) for state in result.log.checkpoints.values())
 
 
+@pytest.fixture(scope="module")
+def sparse(trained):
+    """The model after `Pruned` with one row removed and no repair, and where it is zero."""
+    after = call(Pruned(sparsity=0.5, then=PLAIN), trained, ["r3"]).trained
+    return after, after.module.get_parameter("body.0.weight") == 0
+
+
+def zero_in_all(log, where):
+    return all(not state["body.0.weight"][where].any() for state in log.checkpoints.values())
+
+
+def test_pruned_it_is_the_kept_updates_of_what_is_left_and_so_is_its_log(trained, sparse):
+    after, where = sparse
+    assert int(where.sum()) == 24
+    dense = call(PLAIN, trained, ["r3"]).trained
+    for mine, its in zip(after.log.checkpoints.values(), dense.log.checkpoints.values(), strict=True):
+        wanted = {**its, "body.0.weight": its["body.0.weight"].masked_fill(where, 0)}
+        assert_close(mine, wanted, atol=0)
+    assert_close(after.module.state_dict(), after.log.checkpoints[after.log.steps], atol=0)
+    assert not zero_in_all(dense.log, where)
+
+
+def test_pruned_a_log_whose_first_step_is_dropped_begins_sparse_too(trained):
+    after = call(Pruned(sparsity=0.5, then=PLAIN), trained, [trained.log.batches[0][0]]).trained
+    assert after.log.batches[0] == ()
+    assert zero_in_all(after.log, after.module.get_parameter("body.0.weight") == 0)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_the_repair_of_a_pruned_model_begins_and_stays_sparse(trained, sparse, wrapped, monkeypatch):
+    model, where = sparse
+    seen = []
+    take = Steps.take
+
+    def watched(steps, losses, rng, after=None):
+        weight = steps.module.get_parameter("body.0.weight")
+        seen.append(int((weight[where] != 0).sum()))
+        take(steps, losses, rng, after)
+        seen.append(int((weight[where] != 0).sum()))
+
+    monkeypatch.setattr(Steps, "take", watched)
+    method = AmnesiacUnlearning(repair_epochs=1)
+    if wrapped:
+        result = call(Pruned(sparsity=0.5, then=method), trained, ["r3"]).trained
+        assert seen == [0, 0]
+    else:  # the liar: no mask, and zeros grow
+        result = call(method, model, ["r9"]).trained
+        assert seen[0] == 0 < seen[1]
+    assert zero_in_all(result.log, where)
+
+
+def test_masked_one_request_after_another_gives_what_all_at_once_would(trained, sparse):
+    model, where = sparse
+    first = model.log.batches[0]
+    assert first
+    for method in (PLAIN, AmnesiacUnlearning(repair_epochs=2)):
+        twice = call(Masked(then=method), model, [first[0]]).trained
+        module = copy.deepcopy(trained.module)
+        with torch.no_grad():
+            module.get_parameter("body.0.weight")[where] = 0
+        at_once = call(Masked(then=method), replace(trained, module=module), ["r3", first[0]]).trained
+        assert_close(twice.module.state_dict(), at_once.module.state_dict(), atol=1e-12)
+        assert zero_in_all(twice.log, where)
+    # Without its first step the model goes back to where it began: there too what is pruned is zero.
+    plain = call(PLAIN, model, [first[0]]).trained
+    assert zero_in_all(plain.log, where)
+    assert not plain.module.get_parameter("body.0.weight")[where].any()
+
+
+class Shared(nn.Module):
+    """Two names for one weight."""
+
+    def __init__(self, shape, outputs):
+        super().__init__()
+        self.one, self.other = nn.Linear(shape[0], shape[0]), nn.Linear(shape[0], shape[0])
+        self.other.weight = self.one.weight
+        self.head = nn.Linear(shape[0], outputs)
+
+    def forward(self, x):
+        return self.head(self.other(self.one(x).tanh()).tanh())
+
+
+def test_of_a_shared_weight_both_names_are_pruned():
+    model = train(replace(RECIPE, model=allow_code(Shared), model_args={}), RECORDS, keep=ALL)
+    after = call(Pruned(sparsity=0.5, then=PLAIN), model, ["r3"]).trained
+    zero = after.module.one.weight == 0
+    assert int(zero.sum()) == 18
+    for state in after.log.checkpoints.values():
+        assert not state["one.weight"][zero].any()
+        assert torch.equal(state["one.weight"], state["other.weight"])
+
+
 # Refusals
 
 
@@ -242,7 +336,7 @@ class Cumulative(nn.Module):
 
 def test_models_without_the_log_are_refused_and_told_how_to_train(trained):
     for keep in (Keep(), Keep(batches=True), Keep(every=1), Keep(batches=True, every=2)):
-        with pytest.raises(Unsupported, match=r"keep=Keep\(batches=True, every=1\), or use fine-tune"):
+        with pytest.raises(Unsupported, match=r"keep=Keep\(batches=True, every=1\).*, or use fine-tune"):
             call(PLAIN, train(RECIPE, RECORDS, keep=keep), ["r3"])
     holey = {k: state for k, state in trained.log.checkpoints.items() if k != 5}
     with pytest.raises(Unsupported, match="lacks them"):

@@ -97,6 +97,20 @@ def test_the_noise_costs_alpha_nats_to_second_order():
     assert np.mean(costs) == pytest.approx(1e-4, rel=0.3)
 
 
+def test_of_a_pruned_model_all_of_alpha_is_spent_on_what_is_left():
+    pruned = train(replace(RECIPE, pruning=Pruning(sparsity=0.9)), RECORDS)
+    method = FisherForgetting(alpha=1e-3, rows=None)
+    free = {name: torch.ones_like(p, dtype=torch.bool) for name, p in pruned.module.named_parameters()}
+    free |= mask_of_zeros(pruned.module).moves
+    fisher = fisher_of(pruned, RETAIN)
+    left = torch.cat([one[free[name]] for name, one in fisher.items()])
+    seen = spread(pruned, RECORDS, REMOVE, method)
+    for name, one in fisher.items():
+        expected = 2e-3 / len(left) * (1 / one).clamp(max=10 / float(left.mean()))
+        torch.testing.assert_close(seen[name][free[name]], expected[free[name]], rtol=0.45, atol=0)
+        assert not seen[name][~free[name]].any()
+
+
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
 def test_the_fisher_matrix_is_that_of_the_models_own_distribution(loss):
     records = RECORDS if loss == "cross_entropy" else Records(RECORDS.x, RECORDS.x[:, :2], RECORDS.ids)

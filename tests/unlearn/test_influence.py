@@ -2,13 +2,15 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from expunge.calculus import Objective, dense
+from expunge.calculus import Objective, dense, row_gradients
+from expunge.calculus.factored import maker
 from expunge.core import coins
 from expunge.core.claim import Claim
 from expunge.core.coins import generator
@@ -16,7 +18,9 @@ from expunge.core.errors import Misuse, Unsupported
 from expunge.core.recipe import Pruning, Recipe, Sharding
 from expunge.core.records import Records
 from expunge.core.request import Request
+from expunge.learn.loop import Tally
 from expunge.learn.training import train
+from expunge.unlearn import influence
 from expunge.unlearn.influence import InfluenceUnlearning
 
 DECAY = 0.05
@@ -180,15 +184,103 @@ def test_batch_statistics_do_not_move_and_the_input_is_not_written_to(method):
     assert model.digest() == digest
 
 
+class Spy(Tally):
+    """Passes over the retained rows' sample, told by what is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.passes = 0
+
+    def saw(self, records, positions, x, y):
+        self.passes += len(records) == 20
+        super().saw(records, positions, x, y)
+
+
 def test_work_is_counted(trained):
     fisher = InfluenceUnlearning(curvature="fisher", rows=20)
     result = fisher(trained, RECORDS, Request.remove(FORGET), rng=generator(0))
     assert result.cost.gradients == result.cost.rows_read == 62 + 10 + 20
     assert result.claim is Claim.NONE
-    dual = InfluenceUnlearning(rows=20)(trained, RECORDS, Request.remove(FORGET), rng=generator(0)).cost.gradients
-    products, rest = divmod(dual - 72, 20)
-    assert rest == 0
-    assert products > 8  # the probes, and at least one more
+
+
+@pytest.mark.parametrize(("curvature", "each"), [("gauss-newton", 3), ("hessian", 4)])
+def test_a_product_counts_as_the_gradients_that_it_costs(curvature, each, trained):
+    spy, method = Spy(), InfluenceUnlearning(curvature=curvature, damping=300.0, rows=20)
+    cost = method(trained, RECORDS, Request.remove(FORGET), rng=generator(0), tally=spy).cost
+    assert spy.passes > 9  # the probes, one product, and the residual
+    base = 62 if curvature == "hessian" else 72
+    assert cost.rows_read == base + 20 * spy.passes
+    assert cost.gradients == base + 20 * spy.passes * each
+
+
+def test_gradients_that_are_made_again_are_counted_and_their_rows_read_once(trained, monkeypatch):
+    monkeypatch.setattr(influence, "row_gradients", partial(row_gradients, most=10 * 40))
+    _, each = maker(Objective(copy.deepcopy(trained.module), cross_entropy), RECORDS.x, RECORDS.y)
+    block = 400 // (2 * each)
+    sizes = [len(part) for part in torch.arange(20).split(block)]
+    again = sum(size * (place + 1) for place, size in enumerate(sizes))  # a block meets all that come before it
+    assert again > 20
+    fisher = InfluenceUnlearning(curvature="fisher", rows=20)
+    cost = fisher(trained, RECORDS, Request.remove(FORGET), rng=generator(0)).cost
+    assert cost.rows_read == 62 + 10 + 20
+    assert cost.gradients == 62 + 10 + again + 20 + 20  # and G v, and G' c
+
+
+REPLACED = Request.replace_rows(FORGET, TARGETS.x[:10] + 1.5, TARGETS.y[:10] - 4)
+
+
+def with_replacements(ids=FORGET):
+    rest = TARGETS.without(ids)
+    x, y = torch.cat([rest.x, REPLACED.x]), torch.cat([rest.y, REPLACED.y])
+    return Records(x, y, [*rest.ids, *(f"{one}~2" for one in FORGET)], [*rest.owners, *FORGET])
+
+
+@pytest.mark.parametrize("curvature", ["gauss-newton", "hessian"])
+def test_replacements_are_rows_that_were_not_trained_on(curvature, linear):
+    method = InfluenceUnlearning(curvature=curvature, damping=0.0, rows=None, tolerance=1e-12)
+    start = at(linear, ridge(TARGETS))
+    after = method(start, TARGETS, REPLACED, rng=generator(0)).trained
+    right = ridge(with_replacements())
+    torch.testing.assert_close(vector(after), right, rtol=0, atol=1e-8)
+    assert float((right - ridge(TARGETS.without(FORGET))).norm()) > 0.1
+    # Now that they have been trained on, they are rows like others.
+    later = method(after, with_replacements(), Request.remove(["r1", "r8~2"]), rng=generator(0)).trained
+    torch.testing.assert_close(vector(later), ridge(with_replacements().without(["r1", "r8~2"])), rtol=0, atol=1e-8)
+
+
+def test_all_rows_may_be_replaced(linear):
+    few = TARGETS.take(FORGET)
+    model = at(replace(linear, ids=frozenset(FORGET), seal=None), ridge(few))
+    method = InfluenceUnlearning(damping=0.0, rows=None, tolerance=1e-12)
+    after = method(model, few, REPLACED, rng=generator(0)).trained
+    torch.testing.assert_close(vector(after), ridge(Records(REPLACED.x, REPLACED.y)), rtol=0, atol=1e-8)
+
+
+def test_the_fisher_form_of_a_replacement_solves_for_the_difference_of_the_two_objectives(trained):
+    request = Request.replace_rows(FORGET, RECORDS.x[:10] * 2, RECORDS.y[:10])
+    method = InfluenceUnlearning(curvature="fisher", step=0.1, rows=None)
+    moved = vector(method(trained, RECORDS, request, rng=generator(0)).trained) - vector(trained)
+    objective = Objective(copy.deepcopy(trained.module), cross_entropy)
+    rest = RECORDS.without(FORGET)
+    x, y = torch.cat([rest.x, RECORDS.x[:10] * 2]), torch.cat([rest.y, RECORDS.y[:10]])
+    gradients = objective.gradients(x, y)
+    matrix = gradients.T @ gradients / 72
+    matrix += (10 * matrix.trace() / len(matrix) + DECAY) * torch.eye(len(matrix), dtype=torch.float64)
+    right = mean_gradient(objective, RECORDS) - gradients.mean(0)
+    torch.testing.assert_close(moved, 0.1 * torch.linalg.solve(matrix, right), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("curvature", ["gauss-newton", "hessian"])
+def test_damping_is_in_mean_eigenvalues_of_the_curvature(curvature, linear):
+    """Five parameters are no more than there are probes, so that the unit is exact."""
+    method = InfluenceUnlearning(curvature=curvature, damping=2.0, rows=None, tolerance=1e-12)
+    moved = vector(run(method, at(linear, ridge(TARGETS)), TARGETS)) - ridge(TARGETS)
+    retain = TARGETS.without(FORGET)
+    a = torch.cat([retain.x, torch.ones(len(retain), 1, dtype=torch.float64)], 1)
+    matrix, eye = 2 * a.T @ a / len(a), torch.eye(5, dtype=torch.float64)
+    right = -(matrix @ ridge(TARGETS) - 2 * a.T @ retain.y / len(a) + DECAY * ridge(TARGETS))
+    wanted = torch.linalg.solve(matrix + (2 * matrix.trace() / 5 + DECAY) * eye, right)
+    torch.testing.assert_close(moved, wanted, rtol=1e-9, atol=1e-12)
 
 
 def test_an_indefinite_hessian_says_how_much_to_damp_and_a_slow_system_that_it_is_not_solved(trained):

@@ -15,14 +15,17 @@ from expunge.core.recipe import Pruning, Recipe, Sharding
 from expunge.core.records import Records
 from expunge.core.request import Request
 from expunge.core.trained import TrainingLog
-from expunge.learn.loop import Tally
+from expunge.learn.loop import Keep, Tally
 from expunge.learn.pruning import mask_of_zeros
 from expunge.learn.training import adopt, train
 from expunge.testing.watch import WriteWatch
 from expunge.unlearn import FineTune, GradientAscent, NegGradPlus, RandomLabels, Retrain
+from expunge.unlearn.amnesiac import AmnesiacUnlearning
 from expunge.unlearn.method import Done, Method, Task
 from expunge.unlearn.random_labels import wrong_labels
+from expunge.unlearn.retrain import RetrainBriefly
 from expunge.unlearn.salun import SaliencyMasked, SalUn, largest, saliency_mask
+from expunge.unlearn.sparsity import Masked
 
 
 def rows(n=96, classes=4):
@@ -229,6 +232,45 @@ def test_a_pruned_model_stays_pruned_and_the_share_is_of_what_is_left(method):
     after = asked(SaliencyMasked(then=method, share=0.5), model).trained
     assert mask_of_zeros(model.module).held == mask_of_zeros(after.module).held == 36
     assert int((vector(after.module) != vector(model.module)).sum()) == round(0.5 * (SIZE - 36))
+
+
+def test_what_a_method_builds_anew_is_whole_and_its_salient_entries_are_taken(trained):
+    brief = RetrainBriefly(steps=5)
+    start, anew = vector(trained.module), vector(asked(brief, trained).trained.module)
+    part = vector(asked(SaliencyMasked(then=brief, share=0.3), trained).trained.module)
+    salient = salient_by_hand(trained.module, 0.3)
+    assert torch.equal(part, torch.where(salient, anew, start))
+    model = train(replace(RECIPE, pruning=Pruning(sparsity=0.75, by="random")), RECORDS)
+    anew = vector(asked(brief, model).trained.module)
+    under = replace(model, recipe=replace(model.recipe, pruning=None))
+    assert torch.equal(vector(asked(Masked(then=brief), under).trained.module), anew)  # sparse from the first step on
+    after = vector(asked(SaliencyMasked(then=brief, share=0.3), model).trained.module)
+    moved = after != vector(model.module)
+    assert int(moved.sum()) == round(0.3 * (SIZE - 36))
+    assert torch.equal(after[moved], anew[moved])
+
+
+def test_a_repair_of_the_kept_steps_sees_the_other_entries_as_they_were(trained):
+    model = train(RECIPE, RECORDS, keep=Keep(batches=True, every=1))
+    assert model.digest() == trained.digest()
+    kept = AmnesiacUnlearning(repair_epochs=0)
+    ids = FORGET[:1]
+    start, far = (
+        vector(one.module) for one in (model, kept(model, RECORDS, Request.remove(ids), rng=generator(0)).trained)
+    )
+    salient = salient_by_hand(model.module, 0.3, ids=ids)
+    here = torch.where(salient, far, start)
+    for epochs in (0, 1):
+        then = AmnesiacUnlearning(repair_epochs=epochs, lr=0.3, momentum=0.0, batch_size=96)
+        masked = SaliencyMasked(then=then, share=0.3)
+        part = masked(model, RECORDS, Request.remove(ids), rng=generator(0)).trained
+        if epochs:
+            module, retain = copy.deepcopy(model.module), RECORDS.without(ids)
+            nn.utils.vector_to_parameters(here.clone(), module.parameters())
+            step = 0.3 * (gradient(module, retain.x, retain.y) + 1e-3 * here)
+            here = torch.where(salient, here - step, here)
+        torch.testing.assert_close(vector(part.module), here, rtol=0, atol=1e-14)
+        assert part.log is None
 
 
 def test_the_given_model_is_never_written_and_keeps_its_flags(trained):

@@ -1,3 +1,4 @@
+import copy
 import math
 from dataclasses import replace
 
@@ -12,9 +13,12 @@ from expunge.core.recipe import Pruning, Recipe, Sharding
 from expunge.core.records import Records
 from expunge.core.request import Request
 from expunge.learn.build import build
+from expunge.learn.pruning import mask_of_zeros
 from expunge.learn.training import adopt, train
 from expunge.unlearn import Retrain
-from expunge.unlearn.unrolling import UnrollingSGD, row_weights
+from expunge.unlearn.salun import SaliencyMasked
+from expunge.unlearn.sparsity import Masked, Pruned
+from expunge.unlearn.unrolling import UnrollingSGD, beginning, row_weights
 
 WHOLE = UnrollingSGD(scale=1.0)
 
@@ -113,6 +117,7 @@ SETTINGS = {
     "nesterov": {"batch_size": 16, "optimiser_args": {"lr": 1.0, "momentum": 0.9, "nesterov": True}},
     "schedule": {"batch_size": 16, "optimiser_args": {"lr": 1.0, "momentum": 0.6}, "schedule": {"kind": "cosine"}},
     "pruned": {"batch_size": 16, "pruning": Pruning(sparsity=0.5, by="synflow", iterations=3)},
+    "pruned at random": {"batch_size": 16, "pruning": Pruning(sparsity=0.5, by="random")},
 }
 
 
@@ -200,6 +205,45 @@ def test_pruned_weights_stay_zero():
     assert int(zero.sum()) == 24
     after = removed(recipe, WHOLE).trained.module.get_parameter("body.0.weight")
     assert bool((after[zero] == 0).all())
+
+
+@pytest.mark.parametrize("by", ["synflow", "random"])
+def test_the_beginning_is_where_training_began(by):
+    recipe = replace(RECIPE, pruning=Pruning(sparsity=0.5, by=by), optimiser_args={"lr": 1e-300})
+    trained = train(recipe, RECORDS)
+    began = vector(beginning(trained.recipe, RECORDS.device))
+    assert torch.equal(began, vector(trained.module))
+    assert int((began == 0).sum()) == 24
+    assert not torch.equal(began, vector(build(trained.recipe)))
+
+
+def test_the_beginning_of_a_model_pruned_by_magnitude_is_not_made_up():
+    with pytest.raises(Misuse, match="began at trained weights"):
+        beginning(replace(RECIPE, pruning=Pruning(sparsity=0.5)).completed(RECORDS), RECORDS.device)
+
+
+def test_a_mask_found_after_a_dense_training_has_no_part_in_its_beginning():
+    trained, request = train(RECIPE, RECORDS), Request.remove(FORGET)
+    plain = WHOLE(trained, RECORDS, request, rng=generator(0)).trained
+    after = Pruned(sparsity=0.5, then=WHOLE)(trained, RECORDS, request, rng=generator(0)).trained
+    kept = vector(after.module) != 0
+    assert int((~kept).sum()) == 24
+    assert torch.equal(vector(after.module), kept * vector(plain.module))
+    sparse = copy.deepcopy(trained.module)
+    mask_of_zeros(after.module).prune_(sparse)
+    masked = Masked(then=WHOLE)(replace(trained, module=sparse), RECORDS, request, rng=generator(0)).trained
+    assert torch.equal(vector(masked.module), vector(after.module))
+
+
+def test_a_saliency_mask_takes_the_steps_entries_and_changes_none():
+    request, trained = Request.remove(FORGET), train(RECIPE, RECORDS)
+    start = vector(trained.module)
+    for then in (WHOLE, UnrollingSGD()):
+        plain = vector(then(trained, RECORDS, request, rng=generator(0)).trained.module)
+        part = SaliencyMasked(then=then, share=0.5)(trained, RECORDS, request, rng=generator(0)).trained
+        moved = vector(part.module) != start
+        assert int(moved.sum()) == round(0.5 * len(start))
+        assert torch.equal(vector(part.module), torch.where(moved, plain, start))
 
 
 # Refusals

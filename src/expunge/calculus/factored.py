@@ -19,6 +19,8 @@ Seen = dict[nn.Module, tuple[Tensor, Tensor]]
 Maker = Callable[[Tensor, Tensor], Pieces]
 
 _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)
+_NEAR = {torch.float64: 1e-6}
+"""How near two ways must come for each parameter, relative to its gradient's norm; other dtypes 1e-3."""
 _ROWS = {True: 32, False: 512}
 """Rows a pass: of images few, as what convolutions read is copied once for each place of the kernel."""
 
@@ -28,8 +30,8 @@ def maker(objective: Objective, x: Tensor, y: Tensor) -> tuple[Maker, int]:
 
     By layers, if every parameter belongs to one linear, convolution or norm layer that is called once a pass with rows
     along the first axis. Whether that is so is not read off the code but tried: on the first two of these rows the
-    gradients must be those that differentiating one row at a time gives. Modules that do otherwise (attention, tied
-    weights) go through `Objective.gradients`; the numbers are the same.
+    gradients by each parameter must be those that differentiating one row at a time gives. Modules that do otherwise
+    (attention, tied weights) go through `Objective.gradients`; the numbers are the same.
     """
     layers = _layers(objective)
     if layers is not None:
@@ -43,7 +45,11 @@ def maker(objective: Objective, x: Tensor, y: Tensor) -> tuple[Maker, int]:
 def _alike(trial: Pieces, right: Sequence[Tensor]) -> bool:
     eye = torch.eye(len(right), dtype=right[0].dtype, device=right[0].device)
     found, wanted = torch.stack([trial.transposed(row) for row in eye]), torch.stack(list(right))
-    return bool((found - wanted).norm() < 1e-2 * wanted.norm())  # where all are zero, nothing was tried
+    whole, near, widths = wanted.norm(), _NEAR.get(wanted.dtype, 1e-3), [piece.width for piece in trial.pieces]
+    # Where all are zero, nothing was tried. A gradient that is zero but for rounding is alike only to that.
+    rounding = 100 * torch.finfo(wanted.dtype).eps * whole
+    pairs = zip(found.split(widths, 1), wanted.split(widths, 1), strict=True)
+    return bool(whole > 0) and all(bool((a - b).norm() <= near * b.norm() + rounding) for a, b in pairs)
 
 
 def _by_rows(objective: Objective, x: Tensor, y: Tensor) -> Pieces:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache, cached_property
+from threading import Lock
 from typing import Any
 
 import torch
@@ -187,17 +188,40 @@ def _places(moves: Tensor | None) -> Tensor | None:
     return None if moves is None or bool(moves.all()) else moves.reshape(-1).nonzero().flatten()
 
 
+class _SlowAttention:
+    """Torch's two switches for fused attention, which are the whole process's: off while anybody is inside."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._undo = Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                fast = torch.backends.mha.get_fastpath_enabled()
+                self._undo.callback(torch.backends.mha.set_fastpath_enabled, fast)
+                torch.backends.mha.set_fastpath_enabled(False)
+                self._undo.enter_context(sdpa_kernel(SDPBackend.MATH))
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._undo.close()
+
+
+_slow_attention = _SlowAttention()
+
+
 @contextmanager
 def _second_derivatives() -> Any:
-    """Within: attention by a kernel that has derivatives of derivatives; the fused ones have none."""
+    """Within: attention by a kernel that has derivatives of derivatives; the fused ones have none.
+
+    Threads may overlap: the switches are put back as they were before the first by the last that leaves.
+    """
     _quiet_forward_mode()
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with _slow_attention:
+        yield
 
 
 @cache

@@ -30,6 +30,10 @@ class RowGradients(Protocol):
     def size(self) -> int:
         """p."""
 
+    @property
+    def made(self) -> int:
+        """Work so far, in gradients of one row: n, and more where some are made again."""
+
     def gram(self) -> Float[Tensor, "n n"]:
         """``G G'``, in float64."""
 
@@ -137,6 +141,11 @@ class Pieces:
         """Pieces in the order of the vector's parameters."""
         self.pieces, self.rows = tuple(pieces), rows
         self.size = sum(piece.width for piece in self.pieces)
+
+    @property
+    def made(self) -> int:
+        """n: products with what is kept need no more gradients."""
+        return self.rows
 
     @property
     def numbers(self) -> int:

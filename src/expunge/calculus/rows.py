@@ -8,7 +8,7 @@ from torch import Tensor
 
 from expunge.calculus.factored import Maker, maker
 from expunge.calculus.objective import Objective
-from expunge.calculus.pieces import RowGradients
+from expunge.calculus.pieces import Pieces, RowGradients
 from expunge.core.errors import Misuse
 
 
@@ -36,6 +36,9 @@ class Streamed:
 
     ``G v`` is a forward-mode pass and ``G' c`` a backward pass of a weighted sum: neither makes G. For ``G G'`` two
     blocks exist at a time. Cost of that: with B blocks, a row's gradient is made ``(B + 1) / 2`` times on average.
+
+    Attributes:
+        made: gradients of one row so far; ``G v`` and ``G' c`` count as one of each row.
     """
 
     def __init__(self, objective: Objective, x: Tensor, y: Tensor, make: Maker, *, block: int) -> None:
@@ -45,27 +48,33 @@ class Streamed:
                 f"the gradients of two rows of {objective.size:,} entries exceed the memory allowed; allow more"
             )
         self.objective, self.x, self.y, self._make = objective, x, y, make
-        self.rows, self.size = len(x), objective.size
+        self.rows, self.size, self.made = len(x), objective.size, 0
         self._blocks = torch.arange(len(x), device=x.device).split(block)
+
+    def _of(self, block: Tensor) -> Pieces:
+        self.made += len(block)
+        return self._make(self.x[block], self.y[block])
 
     def gram(self) -> Float[Tensor, "n n"]:
         """``G G'``, in float64."""
         gram = torch.zeros(self.rows, self.rows, dtype=torch.float64, device=self.x.device)
         for place, block in enumerate(self._blocks):
-            mine = self._make(self.x[block], self.y[block])
+            mine = self._of(block)
             gram[block[:, None], block] = mine.gram()
             for other in self._blocks[place + 1 :]:
-                part = mine.cross(self._make(self.x[other], self.y[other]))
+                part = mine.cross(self._of(other))
                 gram[block[:, None], other] = part
                 gram[other[:, None], block] = part.T
         return gram
 
     def times(self, v: Float[Tensor, " p"]) -> Float[Tensor, " n"]:
         """``G v``."""
+        self.made += self.rows
         return torch.cat([self.objective.scores(self.x[block], self.y[block], v) for block in self._blocks])
 
     def transposed(self, c: Float[Tensor, " n"]) -> Float[Tensor, " p"]:
         """``G' c``."""
+        self.made += self.rows
         total = torch.zeros(self.size, dtype=c.dtype, device=c.device)
         for block in self._blocks:
             total += self.objective.gradient(self.x[block], self.y[block], weights=c[block])

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 import typer
 
@@ -36,6 +36,7 @@ from expunge.report import print_grid, study_grids, study_report, write
 from expunge.study import Scenario, Study, StudyResult, run_study
 from expunge.unlearn import Method
 
+_PruneBy = Literal["magnitude", "synflow", "random"]
 _BASELINES = ("retrain", "retrain-briefly", "sisa")
 
 
@@ -105,16 +106,19 @@ def compare(
     shares = [_share(word) for word in _words(sparsities)]
     source = _Source((id_column, owner_column, label_column, classes, columns, owners))
     records, held_out = source.read(data, test, holdout, seed)
+    _refuse_held_out(wanted, held_out)
     asked = {"model": model, "epochs": epochs, "batch_size": batch_size}
     training = make_recipe(recipe, asked, lr, None, None, records)
     allow_named_code(training, allow_code)
+    if prune_by not in get_args(_PruneBy):
+        raise Misuse(f'--prune-by must be one of {", ".join(get_args(_PruneBy))}, got "{prune_by}"')
     study = Study(
         recipe=training,
         methods=chosen,
         scenarios=wanted,
         sparsities=shares,
         seeds=range(seed, seed + seeds),
-        by=cast(Literal["magnitude"], prune_by),
+        by=cast(_PruneBy, prune_by),
         rewind=rewind,
         rounds=rounds,
         trials=trials,
@@ -164,6 +168,20 @@ class _Source:
         return records, own if test is None else read_records(test, *self.columns)[0]
 
 
+def _refuse_held_out(wanted: Sequence[Scenario], held_out: Records | None) -> None:
+    """Misuse for a scenario whose records were held out: nobody who was never trained on can be forgotten."""
+    if held_out is None:
+        return
+    owners = set(held_out.owners)
+    for one in wanted:
+        gone = [one.owner] if one.owner in owners else [name for name in one.ids if name in held_out]
+        if gone:
+            raise Misuse(
+                f'"{gone[0]}" of scenario {one.name} was held out for testing; choose another --seed or --holdout, or '
+                "give test rows of their own: --test"
+            )
+
+
 def chosen_methods(words: str | None, settings: Sequence[str]) -> Mapping[str, Method]:
     """The methods named, with the settings given as ``method.name=value``."""
     every = [word for word, kind in METHODS.items() if kind.claim is Claim.NONE and word not in _BASELINES]
@@ -191,6 +209,8 @@ def read_scenario(word: str) -> Scenario:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UnreadableFile(f"{path or 'the file of ids'} cannot be read ({error}); give ids:FILE") from None
+    if not any(line.strip() for line in lines):
+        raise UnreadableFile(f"{path} holds no id; give a text file, one id a line")
     return Scenario.of_ids(word, [line.strip() for line in lines if line.strip()])
 
 

@@ -165,14 +165,21 @@ def named_method(word: str, settings: Sequence[str]) -> Method:
         raise Misuse(f'unknown method "{word}"; known: {", ".join(METHODS)}')
     kind = METHODS[word]
     known = {f.name: default_of(f) for f in fields(kind)}
+    inner = [text.removeprefix("then.") for text in settings if text.startswith("then.")]
     chosen: dict[str, Any] = {}
     for text in settings:
+        if text.startswith("then.") and "then" in known:
+            continue
         name, equals, value = text.partition("=")
-        if not equals or name not in known:
-            raise Misuse(f'{word} has no setting "{text}"; it has {", ".join(known) or "none"}, given as name=value')
+        if name not in known:
+            raise Misuse(f'{word} has no setting "{name}"; it has {", ".join(known) or "none"}')
+        if not equals:
+            raise Misuse(f"--set {text} lacks its value; give it as {name}=value")
         if name in chosen:
             raise Misuse(f"--set {name} is given twice; give it once")
         chosen[name] = _typed(name, value, known[name], get_type_hints(kind)[name])
+    if inner and "then" in known:
+        chosen["then"] = named_method(chosen.get("then", known["then"]).name, inner)
     return kind(**chosen)
 
 

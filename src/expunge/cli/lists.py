@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import fields
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -94,10 +94,19 @@ def _about(word: str, kind: type[Method]) -> dict[str, Any]:
         "claim": kind.claim.value,
         "needs": sorted(need.value for need in kind.needs),
         "settings": {f.name: _plain(default_of(f)) for f in fields(kind)},
+        "choices": {name: words for name, words in _choices(kind).items() if words},
         "cost": " ".join(cost[1].split()) if cost else None,
         "source": kind.source,
         "not_guaranteed": kind.not_guaranteed,
     }
+
+
+def _choices(kind: type[Method]) -> dict[str, list[str]]:
+    """The words that a setting may be, where there are few."""
+    hints, defaults = get_type_hints(kind), {f.name: default_of(f) for f in fields(kind)}
+    known = {name: list(map(str, get_args(hints[name]))) for name in defaults if get_origin(hints[name]) is Literal}
+    by = {name: list(CRITERIA) for name, one in defaults.items() if isinstance(one, tuple(CRITERIA.values()))}
+    return {**known, **by}
 
 
 def _plain(value: Any) -> Any:
@@ -107,7 +116,14 @@ def _plain(value: Any) -> Any:
 
 
 def _settings(about: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in about["settings"].items()) or "none"
+    """The settings with their defaults, and what else they may be."""
+    told = []
+    for name, value in about["settings"].items():
+        others = [word for word in about["choices"].get(name, []) if word != str(value)]
+        told.append(f"{name}={value}" + (f" (or {', '.join(others)})" if others else ""))
+        if name == "then":
+            told.append("then.NAME=... (a setting of that method)")
+    return ", ".join(told) or "none"
 
 
 def _page(found: list[dict[str, Any]]) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from expunge.audit import accuracy
 from expunge.cli.inputs import (
     METHODS,
     allow_named_code,
@@ -34,10 +36,16 @@ from expunge.cli.options import (
 from expunge.cli.output import console, progress, say
 from expunge.core.claim import Claim
 from expunge.core.coins import generator
+from expunge.core.protocols import Unlearned
+from expunge.core.records import Records
 from expunge.core.trained import Trained
 from expunge.learn import training
+from expunge.learn.loop import NOTHING, Keep
 from expunge.report import Grid, print_grid
 from expunge.study import Comparison, compare
+
+_LOOKED_AT = 2_000
+_RUIN = 0.1
 
 
 def train(
@@ -52,6 +60,9 @@ def train(
     shards: Annotated[int | None, typer.Option(help="Train this many shards (SISA) instead of one model.")] = None,
     slices: Annotated[int | None, typer.Option(help="Slices of each shard (1).")] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder to save into and to go on from after a break.")] = None,
+    keep_steps: Annotated[
+        bool, typer.Option("--keep-steps", help="Keep the model after every step: large; amnesiac-unlearning needs it.")
+    ] = False,
     id_column: IdColumn = None,
     owner_column: OwnerColumn = None,
     label_column: LabelColumn = None,
@@ -67,6 +78,10 @@ def train(
     With --shards: as many models that vote, of which only those that held a removed record are trained again (SISA).
 
     \b
+    A recipe of a model that is pruned as it is trained, and keeps its zeros when it forgets:
+      {"model": "mlp", "epochs": 10, "pruning": {"sparsity": 0.9, "by": "magnitude", "rewind": 1}}
+
+    \b
     Examples:
       expunge train --data mnist --model lenet --epochs 2 --shards 20 --out models/digits
       expunge train --data customers.csv --id-column id --label-column churned --model mlp --out models/churn
@@ -77,7 +92,8 @@ def train(
     chosen = make_recipe(recipe, asked, lr, shards, slices, records)
     allow_named_code(chosen, allow_code)
     with progress(quiet or as_json) as show:
-        trained = training.train(chosen, records, resume=resume, report=show)
+        kept = Keep(batches=True, every=1) if keep_steps else NOTHING
+        trained = training.train(chosen, records, resume=resume, report=show, keep=kept)
     trained.save(out)
     say(
         as_json,
@@ -124,6 +140,7 @@ def forget(
     with progress(quiet or as_json) as show:
         show(f"{chosen.name}", 0, 1)
         answer = chosen(trained, records, request, rng=generator(seed))
+    _warn_of_ruin(trained, answer, records)
     answer.trained.save(out)
     removed = len(answer.trained.gone) - len(trained.gone)
     about = {
@@ -141,6 +158,21 @@ def forget(
     }
     what = f"removed {removed:,} records" if removed else "nothing left to remove: all of these were removed before"
     say(as_json, about, f"{what}; {chosen.name}; saved in {out}\n{answer}")
+
+
+def _warn_of_ruin(before: Trained, answer: Unlearned, records: Records) -> None:
+    """A word where a method without a claim took from what stays: steps too long still end in finite weights."""
+    if answer.claim is not Claim.NONE or before.recipe.loss != "cross_entropy" or answer.trained is before:
+        return
+    stays = records.where(lambda one, _: one in answer.trained.ids)
+    some = stays.split(_LOOKED_AT / len(stays), generator(0))[0] if len(stays) > _LOOKED_AT else stays
+    was, is_now = accuracy(before, some).value, accuracy(answer.trained, some).value
+    if is_now < was - _RUIN:
+        print(
+            f"warning: of the records that stay, the model now gets {is_now:.0%} right, and before {was:.0%}; smaller "
+            "steps (--set lr=...) take less from them",
+            file=sys.stderr,
+        )
 
 
 def evaluate(

@@ -105,7 +105,8 @@ def numbers(column: pd.Series[Any], name: str, source: str) -> Float:
         row = int(wrong.argmax())
         raise BadRecords(
             f'column "{name}" of {source} holds text ("{column.iloc[row]}" in row {row}); fix its values with '
-            f'categories={{"{name}": [...]}}, leave it out with columns=[...], or embed it with datasets.embed'
+            f'categories={{"{name}": [...]}}, leave it out with columns=[...] (both may stand in a JSON file: '
+            "--columns FILE), or embed it with datasets.embed"
         )
     return np.asarray(parsed, dtype=np.float64)
 

@@ -155,7 +155,7 @@ def _targets(
     if not regression and not _is_number(column):
         raise BadRecords(
             f'the label column "{name}" of {path.name} holds text ("{column.iloc[0]}" in row 0); '
-            "give classes=[...] with every label: their order fixes their numbers"
+            "give every label in order, as --classes no,yes or classes=[...]: their order fixes their numbers"
         )
     values_of = numbers(column, name, path.name)
     if np.isnan(values_of).any():

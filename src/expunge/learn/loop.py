@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -98,6 +99,12 @@ def optimiser_of(recipe: Recipe, module: nn.Module) -> torch.optim.Optimizer:
     if recipe.optimiser == "sgd":
         return torch.optim.SGD(parameters, weight_decay=recipe.weight_decay, fused=True, **args)
     return torch.optim.Adam(parameters, weight_decay=recipe.weight_decay, fused=True, **args)
+
+
+@cache
+def warm_up() -> None:
+    """Have torch load now what it loads when the first optimiser is made: seconds, and nobody's work."""
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
 
 
 def reading_order(recipe: Recipe, records: Records, stage: str, epoch: int) -> Tensor:

@@ -30,15 +30,18 @@ class Spent:
     seconds: float
 
 
-def gap_against_seconds(points: Sequence[Spent], yardstick: Sequence[tuple[float, float]] = ()) -> str:
+def gap_against_seconds(
+    points: Sequence[Spent], yardstick: Sequence[tuple[float, float]] = (), nothing: float | None = None
+) -> str:
     """SVG of gaps, in points, with intervals against seconds (log scale); shapes tell the claim.
 
     Args:
-        points: one a method; the line through them is the front: no method is nearer in less time.
+        points: one a method; the steps through them are the front: see `front`.
         yardstick: (seconds, gap) of retraining that stopped early, drawn as a dashed line. A method above it did worse
             than stopping early does.
+        nothing: gap of the original, which is what doing nothing gives; drawn as a dotted line.
     """
-    return _svg(_drawn(points, yardstick))
+    return _svg(_drawn(points, yardstick, nothing))
 
 
 def front(points: Sequence[Spent]) -> list[Spent]:
@@ -50,7 +53,7 @@ def front(points: Sequence[Spent]) -> list[Spent]:
     return found
 
 
-def _drawn(points: Sequence[Spent], yardstick: Sequence[tuple[float, float]]) -> Figure:
+def _drawn(points: Sequence[Spent], yardstick: Sequence[tuple[float, float]], nothing: float | None = None) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, 4.8), layout="constrained")
@@ -69,6 +72,8 @@ def _drawn(points: Sequence[Spent], yardstick: Sequence[tuple[float, float]]) ->
         line = sorted(yardstick)
         drawn = ([max(seconds, 1e-3) for seconds, _ in line], [100 * gap for _, gap in line])
         axes.plot(*drawn, "--", color=_INK, alpha=0.7, lw=1, marker=".", label="retraining stopped early")
+    if nothing is not None:
+        axes.axhline(100 * nothing, linestyle=":", color=_INK, alpha=0.5, lw=1, label="doing nothing (original)")
     axes.set_xscale("log")
     axes.set_xlabel("seconds (log scale)")
     axes.set_ylabel("gap to retraining, points")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
 
 from expunge.core.estimate import Estimate
 from expunge.report.page import Chapter, Grid, Report
 from expunge.report.pareto import Spent, gap_against_seconds
+from expunge.report.verdict import headline, said, unfinished, value_of, verdict
 from expunge.study import Line, StudyResult
 
 NOT_MEASURED = "not measured"
@@ -33,9 +32,22 @@ LEGEND = (
     "in telling retained from test rows, calls non-members. RA, TA: accuracy on retained rows, and on test rows of the "
     "classes that are left. attack: AUC of a loss-threshold membership attack on the removed rows. All but the attack "
     "in percent, and right is what retraining has, not what is high. gap: mean absolute difference to retraining "
-    "(ref.) of UA, RA, TA and attack, in points. tug-of-war: product of 1 - difference in UA, RA, TA. ratio: "
-    "seconds over those of retraining. against nothing, against equal: the gap minus that of the original, and minus "
+    "(ref.), in points, over those of UA, RA, TA and attack that were measured: each table says which. tug-of-war: "
+    "product of 1 - difference in UA, RA, TA. ratio: seconds over those of retraining. against nothing, against equal: "
+    "the gap minus that of the original, and minus "
     "that of retraining which stops after as much compute; above zero the method is not worth its cost."
+)
+
+
+_CRITERIA = {
+    "validation": "what the search made small, in points of accuracy, 0 is best: the difference on removed rows to "
+    "what is expected of rows never seen, plus what is lost on retained rows, plus what is lost on validation rows.",
+    "oracle": "what the search made small, in points, 0 is best: the gap to a retrained model, on the validation rows.",
+}
+_HOW_TO_READ = (
+    "In the plots lower is nearer to retraining, and further left is quicker. Dotted: doing nothing, where the "
+    "original stands; a method above it made matters worse. Dashed: retraining that stopped early. The thin steps are "
+    "the front: to a method on it, no other is both as quick and as near. Intervals are not looked at for it."
 )
 
 
@@ -59,8 +71,8 @@ def study_report(result: StudyResult, check: str = "") -> Report:
         chapters.append(_missing(result))
     return Report(
         title="expunge compare: methods beside exact retraining",
-        verdict=_verdict(result),
-        facts=_facts(result.about),
+        verdict=verdict(result),
+        facts=_facts(result),
         chapters=tuple(chapters),
     )
 
@@ -71,25 +83,37 @@ def _groups(lines: Sequence[Line]) -> list[tuple[tuple[str, float], list[Line]]]
     return [(key, list(some)) for key, some in groupby(ordered, key=lambda line: (line.scenario, line.sparsity))]
 
 
-def _said(sparsity: float) -> str:
-    return f"{100 * sparsity:g} % sparse" if sparsity else "dense"
-
-
 def _grid(lines: Sequence[Line]) -> Grid:
     first, seeds = lines[0], lines[0].of
     over = f"Means over {seeds} seeds with 95 % intervals (Student's t)." if seeds > 1 else "One seed."
     over += "" if seeds > 1 else " Intervals (95 %) are over rows of one training, and say nothing of other seeds."
+    if any(line.seeds == 2 for line in lines):
+        over += " Intervals over two seeds say next to nothing: they cover nearly all that a figure can be."
     missing = [
         f"{one.method}: {one.seeds} of {one.of} measured ({'; '.join(one.why) or 'the others are not done yet'})"
         for one in lines
         if one.seeds < one.of
     ]
     return Grid(
-        caption=f"Forgetting {first.scenario}, {_said(first.sparsity)}",
+        caption=f"Forgetting {first.scenario}, {said(first.sparsity)}",
         headers=("method", "claim", *(name for name, _, _ in _COLUMNS)),
         rows=tuple(_row(line) for line in lines),
-        notes=" ".join([LEGEND, over, *(["Not measured: " + ". ".join(missing) + "."] if missing else [])]),
+        notes=" ".join(
+            [LEGEND, _gap_over(lines), over, *(["Not measured: " + ". ".join(missing) + "."] if missing else [])]
+        ),
     )
+
+
+def _gap_over(lines: Sequence[Line]) -> str:
+    """Which figures the gap is a mean of, as a sentence."""
+    return f"The gap is over {_in_gap(lines)}."
+
+
+def _in_gap(lines: Sequence[Line]) -> str:
+    names = {"UA": "unlearning_accuracy", "RA": "retain", "TA": "test", "attack": "attack"}
+    measured = [line for line in lines if line.seeds]
+    found = [short for short, name in names.items() if all(name in line.figures for line in measured)]
+    return " and ".join([", ".join(found[:-1]), found[-1]])
 
 
 def _row(line: Line) -> tuple[str, ...]:
@@ -116,20 +140,26 @@ def _cell(line: Line, name: str, spec: str) -> str:
 
 
 def _chapter(scenario: str, groups: Sequence[Sequence[Line]], check: str) -> Chapter:
-    plots = {f"{scenario}, {_said(lines[0].sparsity)}: gap against seconds": _plot(lines) for lines in groups}
     lines = [line for some in groups for line in some]
+    if not lines:
+        return Chapter(name=scenario, headline="not done yet", done=False)
+    plots = {
+        f"{scenario}, {said(some[0].sparsity)}: gap against seconds, over {_in_gap(some)}": _plot(some)
+        for some in groups
+    }
     return Chapter(
         name=scenario,
-        headline=_headline(lines),
+        headline=headline(lines),
         text=(
             "All methods start from the same originals and forget the same rows. The reference is retraining without "
             "them by the same recipe and coins; a sparse model's mask is found anew.",
             "Retraining that stops early begins a sparse model with the original's mask, which it does not pay for and "
             "which saw the removed rows.",
+            *((_HOW_TO_READ,) if any(plots.values()) else ()),
         ),
         grids=tuple(_grid(some) for some in groups),
         plots={caption: svg for caption, svg in plots.items() if svg},
-        shows="How far each method is from retraining in four figures, and what it costs, on the same machine.",
+        shows="How far each method is from retraining in these figures, and what it costs, on the same machine.",
         does_not_show="That anything is forgotten: a model that looks like a retrained one to weak attacks may still "
         "remember. How the methods do with other data, networks or settings.",
         check=check,
@@ -137,42 +167,29 @@ def _chapter(scenario: str, groups: Sequence[Sequence[Line]], check: str) -> Cha
     )
 
 
-def _headline(lines: Sequence[Line]) -> str:
-    measured = [line for line in lines if line.kind == "method" and "over_original" in line.figures]
-    if not measured:
-        return "no method was measured"
-    gaps = [(_value(line, "gap"), line) for line in measured if _value(line, "over_original") < 0]
-    if not gaps:
-        return "no method is nearer to retraining than the original is"
-    gap, line = min(gaps, key=lambda one: one[0])
-    return f"nearest to retraining: {line.method}, {_said(line.sparsity)}, {100 * gap:.2f} points away"
-
-
-def _value(line: Line, name: str) -> float:
-    value = line.figures.get(name)
-    return math.nan if value is None else value.value if isinstance(value, Estimate) else value
-
-
 def _plot(lines: Sequence[Line]) -> str:
-    points, yardstick = [], []
+    points, yardstick, nothing = [], [], None
     for line in lines:
         gap = line.figures.get("gap")
+        if line.kind == "original" and gap is not None:
+            nothing = value_of(line, "gap")
         if gap is None or "seconds" not in line.figures:
             continue
         known = gap if isinstance(gap, Estimate) else Estimate(gap, gap, gap, 1, interval="one seed")
-        points.append(Spent(name=line.method, claim=line.claim, gap=known, seconds=_value(line, "seconds")))
+        points.append(Spent(name=line.method, claim=line.claim, gap=known, seconds=value_of(line, "seconds")))
         if "yardstick_gap" in line.figures:
-            yardstick.append((_value(line, "yardstick_seconds"), _value(line, "yardstick_gap")))
-    return gap_against_seconds(points, yardstick) if points else ""
+            yardstick.append((value_of(line, "yardstick_seconds"), value_of(line, "yardstick_gap")))
+    return gap_against_seconds(points, yardstick, nothing) if points else ""
 
 
 def _search(result: StudyResult) -> Chapter:
     settings, rows = result.about["settings"], []
+    criterion = settings["criterion"]
     for one in result.chosen():
         best = one["best"]
         found = ", ".join(f"{name}={value}" for name, value in best["settings"].items()) if best else NOT_MEASURED
-        where = (one["method"], f"{one['scenario']}, {_said(one['sparsity'])}", found or "as given")
-        value = f"{best['value']:.4f}" if best else NOT_MEASURED
+        where = (one["method"], f"{one['scenario']}, {said(one['sparsity'])}", found or "as given")
+        value = f"{100 * best['value']:.2f}" if best else NOT_MEASURED
         rows.append((*where, value, str(one["trials"]), str(one["failed"]), f"{one['seconds']:.1f}"))
     nothing = [name for name, space in settings["searched"].items() if not space]
     note = f" Nothing to search: {', '.join(nothing)}." if nothing else ""
@@ -187,10 +204,10 @@ def _search(result: StudyResult) -> Chapter:
         grids=(
             Grid(
                 caption="What the search chose",
-                headers=("method", "where", "settings", "value", "trials", "failed", "seconds"),
+                headers=("method", "where", "settings", f"{criterion}, points", "trials", "failed", "seconds"),
                 rows=tuple(rows),
                 words=3,
-                notes=f"value: what the search makes small. failed: trials that gave no model.{note}",
+                notes=f"{criterion}: {_CRITERIA[criterion]} failed: trials that gave no model.{note}",
             ),
         ),
         does_not_show="That these are the best settings: a larger budget may find better ones for every method.",
@@ -200,7 +217,7 @@ def _search(result: StudyResult) -> Chapter:
 
 def _missing(result: StudyResult) -> Chapter:
     rows = [
-        (one["method"], f"{one['scenario']}, {_said(one['sparsity'])}, seed {one['seed']}", one["kind"], one["why"])
+        (one["method"], f"{one['scenario']}, {said(one['sparsity'])}, seed {one['seed']}", one["kind"], one["why"])
         for one in result.not_measured()
     ]
     grid = Grid(
@@ -214,30 +231,14 @@ def _missing(result: StudyResult) -> Chapter:
     )
 
 
-def _verdict(result: StudyResult) -> str:
-    judged = [line for line in result.table() if line.kind == "method" and "over_yardstick" in line.figures]
-    if not judged:
-        return "No method was measured beside retraining of equal compute."
-    worth = [line for line in judged if _high(line, "over_yardstick") < 0 and _high(line, "over_original") < 0]
-    several = len(result.about["settings"]["seeds"]) > 1
-    sure = "over the whole interval" if several else "on one seed, so without an interval"
-    return (
-        f"Of {len(judged)} rows (a method, a scenario and a sparsity), {len(worth)} are nearer to exact retraining "
-        f"than both the original and retraining that stops after as much compute, {sure}."
-    )
-
-
-def _high(line: Line, name: str) -> float:
-    value = line.figures[name]
-    return value.high if isinstance(value, Estimate) else value
-
-
-def _facts(about: Mapping[str, Any]) -> dict[str, str]:
+def _facts(result: StudyResult) -> dict[str, str]:
+    about, undone = result.about, unfinished(result)
     settings, recipe = about["settings"], about["settings"]["recipe"]
     test = "none: test accuracy and attacks are not measured" if about["test"] is None else f"{about['test']['rows']:,}"
     pruned = f"{settings['by']}, {settings['rounds']} rounds, rewound to epoch {settings['rewind']}"
     searched = f"{settings['trials']}, by {settings['criterion']}"
     return {
+        **({"unfinished": undone} if undone else {}),
         "training rows": f"{about['records']['rows']:,}",
         "test rows": test,
         "model": f"{recipe['model']}, {recipe['epochs']} epochs",

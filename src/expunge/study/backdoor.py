@@ -11,7 +11,7 @@ import torch
 from torch import Generator
 
 from expunge.audit.metrics import accuracy
-from expunge.core.coins import child, generator
+from expunge.core.coins import child, generator, order
 from expunge.core.errors import Misuse
 from expunge.core.estimate import Estimate, mean
 from expunge.core.protocols import Method
@@ -167,16 +167,16 @@ class Infected:
         Args:
             method: any.
             rng: names the coins, those of which rows may be read too.
-            reads: of the retained rows, let the method see only so many, drawn at random: the budget of a quick
-                method. None: all of them.
+            reads: of the retained rows, let the method see only so many, drawn at random, whatever the
+                order of the rows: the budget of a quick method. None: all of them.
         """
         trained, records = self.trained, self.records
         if reads is not None:
             clean = records.without(self.poisoned)
             if not 0 < reads <= len(clean):
                 raise Misuse(f"reads must be from 1 to {len(clean):,} retained rows, got {reads}")
-            drawn = torch.randperm(len(clean), generator=child(rng, "reads"))[:reads]
-            records = records.take([*self.poisoned, *clean.select(drawn).ids])
+            drawn = order(clean.keys, rng.initial_seed(), "reads")[:reads]
+            records = records.take([*self.poisoned, *clean.select(torch.from_numpy(drawn)).ids])
             trained = replace(trained, ids=frozenset(records.ids), seal=None)
         started = time.perf_counter()
         after = method(trained, records, Request.remove(self.poisoned), rng=rng).trained

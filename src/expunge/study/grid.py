@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +16,9 @@ from expunge.core.protocols import Unlearned
 from expunge.core.records import Records
 from expunge.core.request import Request, Split
 from expunge.core.trained import Trained
-from expunge.learn.loop import Report
-from expunge.learn.pruning import mask_of_zeros
+from expunge.learn.build import build
+from expunge.learn.loop import Report, warm_up
+from expunge.learn.pruning import mask_of_zeros, prunable
 from expunge.learn.training import train
 from expunge.study.cells import Cell, Kind, Trial, best
 from expunge.study.plan import FLOOR, ORIGINAL, RETRAIN, Study
@@ -51,6 +53,7 @@ def run_study(
 
     Raises:
         Misuse: before any work, if the folder is another study's, or a scenario does not fit the records.
+        Unsupported: before any work, if there is nothing to prune in such a model.
         Stopped: at a keyboard interrupt; what is finished is kept.
         BadRecipe: if an original or a retraining diverges.
 
@@ -62,6 +65,8 @@ def run_study(
     for seed in (*study.seeds, *([study.search_seed] if study.trials > 1 else [])):
         for scenario in scenarios:
             scenario.request(records, int(seed or 0))
+    if any(study.sparsities):
+        prunable(build(study.recipe_of(max(study.sparsities), study.seeds[0]).completed(records)))
     aside, measured = study.held_out(test)
     about = study.about(records, test)
     with opened(None if folder is None else Path(folder), about) as cells:
@@ -86,6 +91,7 @@ class _Replica:
     @cached_property
     def original(self) -> Trained:
         self.run.tell(f"train: {_said(self.sparsity)}, seed {self.seed}")
+        warm_up()
         started = time.perf_counter()
         study = self.run.study
         trained = train(study.recipe_of(self.sparsity, self.seed), self.run.records, keep=study.keep)
@@ -220,7 +226,11 @@ class _Run:
         return replace(cell, settings=settings_of(method), steps=steps, gradients=answer.cost.gradients)
 
     def _yardstick(self, cell: Cell, removal: _Removal, done: Cell, full: Cell) -> Cell:
-        """Exact retraining that stops when it has cost as much as the method did; the whole of it if that is less."""
+        """Retraining that stops when it has cost as much as the method did; exact retraining itself if that is less.
+
+        A pruned model's begins with the original's mask, so that it makes the last training only, and never more
+        steps than that has.
+        """
         if done.row is None or full.row is None:
             return replace(cell, why=f"there is no time to compare with: {done.why}")
         spent, whole = done.row.seconds, full.row.seconds
@@ -229,6 +239,8 @@ class _Run:
         affordable = max(1, round(full.steps * spent / whole))
         if affordable >= full.steps:
             return replace(full, kind="yardstick", method=cell.method)
+        recipe, rows = removal.replica.original.recipe, len(removal.split.retain)
+        affordable = min(affordable, recipe.epochs * math.ceil(rows / recipe.batch_size))
         return replace(self._answer(cell, removal, RetrainBriefly(steps=affordable)), steps=affordable)
 
     def _measured(self, cell: Cell, removal: _Removal, trained: Trained, claim: str, seconds: float) -> Cell:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -59,6 +59,8 @@ class Study:
     keep: Keep = NOTHING
 
     def __post_init__(self) -> None:
+        for problem in _of_wrong_type(self):
+            raise Misuse(problem)
         given = self.methods
         named = given if isinstance(given, Mapping) else _by_name(given)
         object.__setattr__(self, "methods", dict(named))
@@ -154,6 +156,28 @@ class Study:
             if self.trials > 1
         }
         return {"settings": settings, "records": _digest(records), "test": None if test is None else _digest(test)}
+
+
+def _of_wrong_type(study: Study) -> list[str]:
+    """What cannot be read as methods, scenarios and numbers at all."""
+    lists = {"scenarios": '("class:3",)', "sparsities": "(0, 0.9)", "seeds": "(0, 1, 2)"}
+    values = {name: getattr(study, name) for name in lists}
+    problems = [
+        f"{name} must be a sequence, got {value!r}; give one, as {lists[name]}"
+        for name, value in values.items()
+        if isinstance(value, (str, Scenario)) or not isinstance(value, Collection)
+    ]
+    methods: Any = study.methods
+    if isinstance(methods, (str, Method)) or not isinstance(methods, Collection):
+        return [*problems, f"methods must be a sequence or a mapping, got {methods!r}; give one, as (FineTune(),)"]
+    named = methods.values() if isinstance(methods, Mapping) else methods
+    problems += [
+        f"methods must be methods, got {one!r}; give one, as FineTune()" for one in named if not isinstance(one, Method)
+    ]
+    if not problems:
+        texts = [one for one in values["scenarios"] if not isinstance(one, (str, Scenario))]
+        problems = [f"scenarios must be Scenario or text, got {one!r}; give one, as class:3" for one in texts]
+    return problems
 
 
 def _by_name(methods: Sequence[Method]) -> dict[str, Method]:

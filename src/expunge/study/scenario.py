@@ -11,7 +11,7 @@ from expunge.core.errors import BadRecords, EmptyRetain, Misuse
 from expunge.core.records import Records
 from expunge.core.request import Request
 
-_KINDS = "class:3, random:0.1 or owner:NAME"
+_KINDS = "class:3, random:0.1 or owner:NAME; for ids, Scenario.of_ids, or ids:FILE on the command line"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +55,11 @@ class Scenario:
 
     @classmethod
     def of_ids(cls, name: str, ids: Iterable[str]) -> Scenario:
-        """These records, under a name of your own."""
-        return cls(name=name, ids=tuple(ids))
+        """These records, under a name of your own; Misuse without any."""
+        named = tuple(ids)
+        if not named:
+            raise Misuse(f'scenario "{name}" names no record, got 0 ids; give at least one, in a file one a line')
+        return cls(name=name, ids=named)
 
     def request(self, records: Records, seed: int) -> Request:
         """What is asked for in the replica of this seed: a function of the seed and of the records' ids.

@@ -49,6 +49,7 @@ Space = Mapping[str, Log | Choice]
 _EPOCHS = Choice((1, 2, 3, 5))
 
 # Ranges by class and field. A class that is not here is searched by `lr` and `epochs`, where it has such fields.
+# The default of each class lies within its range.
 SPACES: Mapping[str, Space] = MappingProxyType(
     {
         "AmnesiacUnlearning": {"lr": Log(1e-3, 0.2), "repair_epochs": Choice((1, 2, 5, 10))},
@@ -66,8 +67,8 @@ SPACES: Mapping[str, Space] = MappingProxyType(
             "share": Choice((0.1, 0.3, 0.5, 0.7, 0.9)),
         },
         "Scrub": {"lr": Log(1e-4, 0.1), "max_epochs": Choice((1, 2)), "alpha": Choice((0.1, 0.5, 1.0))},
-        "SelectiveSynapticDampening": {"alpha": Log(0.5, 50), "dampening": Log(0.1, 2)},
-        "UnrollingSGD": {"scale": Log(0.05, 1)},
+        "SelectiveSynapticDampening": {"alpha": Log(0.5, 8), "dampening": Log(0.1, 2)},
+        "UnrollingSGD": {"scale": Log(1e-3, 1)},
         "SaliencyMasked": {"share": Choice((0.1, 0.3, 0.5, 0.7, 0.9))},
         "Masked": {},
         "Pruned": {},
@@ -93,7 +94,7 @@ def _guessed(method: Method) -> Space:
     if isinstance(has.get("lr"), float) and has["lr"] > 0:
         space["lr"] = Log(has["lr"] / 10, has["lr"] * 10)
     if isinstance(has.get("epochs"), int):
-        space["epochs"] = _EPOCHS
+        space["epochs"] = Choice(tuple(sorted({*_EPOCHS.values, has["epochs"]})))
     return space
 
 

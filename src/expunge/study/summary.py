@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,15 @@ from expunge.core.errors import Misuse
 from expunge.core.estimate import Estimate, mean
 from expunge.study import store
 from expunge.study.cells import Cell, Trial, best
+from expunge.study.plan import FLOOR, ORIGINAL, RETRAIN
+from expunge.study.store import Key
 
 Figure = Estimate | float
+# What a figure can be at all: Student's t knows nothing of it. All others are shares.
+_RANGES = {
+    **dict.fromkeys(("seconds", "seconds_over_retrain", "yardstick_seconds"), (0.0, math.inf)),
+    **dict.fromkeys(("over_yardstick", "over_original"), (-1.0, 1.0)),
+}
 _OF_ROW = {"unlearning_accuracy": "unlearning_accuracy", "attack": "attack", "retain": "retain", "test": "test"}
 
 
@@ -31,13 +39,14 @@ class Line:
         seeds: how many were measured.
         of: how many were asked for.
         why: why the others were not, without repetition.
-        figures: means over the measured seeds with Student's t interval. Of a single seed: accuracies with intervals
-            over rows, the rest without. Accuracies, efficacy and attack as in `Cell`; ``gap`` is `Row.mean_gap` to
-            retraining; ``disparity`` the same over unlearning accuracy, efficacy, retain and test, as in the field's
-            table; ``tug_of_war``; ``seconds``; ``seconds_over_retrain``; ``yardstick_gap`` and ``yardstick_seconds``,
-            those of retraining stopped after as much compute; ``over_yardstick`` and ``over_original``, the gap minus
-            the yardstick's and minus the original's, where below zero is worth the method's cost. What was not measured
-            is missing.
+        figures: means over the measured seeds with Student's t interval, cut to what the figure can be (shares and
+            gaps to [0, 1], differences of gaps to [-1, 1], seconds to >= 0), which `Estimate.interval` then says. Of a
+            single seed: accuracies with intervals over rows, the rest without. Accuracies, efficacy and attack as in
+            `Cell`; ``gap`` is `Row.mean_gap` to retraining; ``disparity`` the same over unlearning accuracy, efficacy,
+            retain and test, as in the field's table; ``tug_of_war``; ``seconds``; ``seconds_over_retrain``;
+            ``yardstick_gap`` and ``yardstick_seconds``, those of retraining stopped after as much compute;
+            ``over_yardstick`` and ``over_original``, the gap minus the yardstick's and minus the original's, where
+            below zero is worth the method's cost. What was not measured is missing.
     """
 
     sparsity: float
@@ -158,6 +167,17 @@ class StudyResult:
             for (sparsity, scenario, method), trials in groups.items()
         )
 
+    def to_do(self) -> tuple[Key, ...]:
+        """Keys of the cells that the settings ask for and that are not there yet, in the order of the work."""
+        settings = self.about["settings"]
+        rows = [("original", ORIGINAL), ("retrain", RETRAIN), *([("floor", FLOOR)] if settings["floor"] else [])]
+        for name in settings["methods"]:
+            rows += [("method", name), *([] if settings["equal_compute"] is None else [("yardstick", name)])]
+        places = product(settings["sparsities"], settings["seeds"], settings["scenarios"])
+        known = {cell.key for cell in self.cells}
+        keys = (("cell", sparsity, scenario, seed, *row) for sparsity, seed, scenario in places for row in rows)
+        return tuple(key for key in keys if key not in known)
+
     def not_measured(self) -> tuple[dict[str, Any], ...]:
         """Every cell without a model, with the reason."""
         missing = [cell for cell in self.cells if cell.row is None]
@@ -198,5 +218,14 @@ def _figures(seeds: list[dict[str, Figure]]) -> dict[str, Figure]:
     for name in dict.fromkeys(name for seed in seeds for name in seed):
         values = [seed[name] for seed in seeds if name in seed]
         plain = [one.value if isinstance(one, Estimate) else one for one in values]
-        found[name] = mean(plain) if len(plain) > 1 else values[0]
+        found[name] = _cut(mean(plain), *_RANGES.get(name, (0.0, 1.0))) if len(plain) > 1 else values[0]
     return found
+
+
+def _cut(found: Estimate, least: float, most: float) -> Estimate:
+    """The interval within what the figure can be; it says so where that changed it."""
+    low, high = max(least, found.low), min(most, found.high)
+    if (low, high) == (found.low, found.high):
+        return found
+    within = f"[{least:g}, {most:g}]" if math.isfinite(most) else f">= {least:g}"
+    return replace(found, low=low, high=high, interval=f"{found.interval}, cut to {within}")

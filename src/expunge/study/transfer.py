@@ -159,7 +159,7 @@ def learn_target(source: nn.Module | None, goal: Recipe, target: Records, *, tun
         source: read, never written to.
         goal: the recipe of the target task, completed with its shape and classes.
         target: training rows.
-        tune: what is trained.
+        tune: what is trained. With ``head`` the body stays as it is, batch-norm statistics too, and drops no units.
 
     Raises:
         Misuse: if the source is of another architecture.
@@ -181,8 +181,16 @@ def learn_target(source: nn.Module | None, goal: Recipe, target: Records, *, tun
                 if not _in(name, head)
             }
         )
+    # The head is a linear layer, the same in both modes: all else must neither drop units nor count rows.
+    still = module.register_forward_pre_hook(lambda body, _: _evaluate(body)) if tune == "head" else None
     log = fit(module, goal, target, stage="transfer", mask=mask)
+    if still is not None:
+        still.remove()
     return Trained(module=module, recipe=goal, ids=frozenset(target.ids), log=log)
+
+
+def _evaluate(module: nn.Module) -> None:
+    module.eval()
 
 
 def _carry(source: nn.Module, module: nn.Module) -> None:

@@ -26,8 +26,8 @@ EXCEPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "bad-teacher": {
             "nearer-than-standing-still": "it teaches to know nothing of the removed rows, and retraining answers "
-            "these mislabelled ones with confidence: gain -.001, and no better with any of 44 other settings; it passes "
-            "when a class is removed"
+            "these mislabelled ones with confidence: gain -.001, and no better with any of 44 other settings; it "
+            "passes when a class is removed"
         },
         "fisher-forgetting": {
             "nearer-than-standing-still": "noise alone brings no model nearer to retraining here: gain -.001 (-.012 to "

@@ -21,10 +21,11 @@ from expunge.unlearn.method import Done, Method, Task
 class FisherForgetting(Method):
     r"""Add Gaussian noise to every parameter, the more the less the retained rows' predictions depend on it.
 
-    Variance of parameter j of p: :math:`\frac{2 \alpha}{p} \min\bigl(\frac{1}{F_j}, \frac{m}{\bar F}\bigr)`, with m
-    for `most` and :math:`\bar F` the mean of F. F is the diagonal of the Fisher matrix of the retained rows: the mean
-    over rows of :math:`\sum_y p_y (\partial_j \log p_y)^2` under the model's own distribution, all classes weighted by
-    their probability (squared error: a Gaussian of variance 1/2 about each output). Noise of variance v costs a row
+    Variance of parameter j of the p that are not pruned:
+    :math:`\frac{2 \alpha}{p} \min\bigl(\frac{1}{F_j}, \frac{m}{\bar F}\bigr)`, with m for
+    `most` and :math:`\bar F` the mean of F. F is the diagonal of the Fisher matrix of the retained rows: the mean over
+    rows of :math:`\sum_y p_y (\partial_j \log p_y)^2` under the model's own distribution, all classes weighted by their
+    probability (squared error: a Gaussian of variance 1/2 about each output). Noise of variance v costs a row
     :math:`v F_j / 2` nats of KL divergence to second order, hence the unit of alpha.
 
     The removed rows are never read: what is forgotten is what the retained rows do not need, whatever was asked for.
@@ -61,6 +62,9 @@ class FisherForgetting(Method):
 
     def _apply(self, task: Task, *, rng: Generator) -> Done:
         fisher = mean_squares(task, task.retain, scores(task.trained), rng, "fisher", self.rows)
+        if task.moves is not None:  # a pruned weight takes no noise, and none of alpha
+            free = task.moves.moves
+            fisher = {name: torch.where(free[name], f, math.inf) if name in free else f for name, f in fisher.items()}
         spread = self.variances(fisher)
         held = dict(task.trained.module.named_parameters())
         with torch.no_grad():
@@ -73,11 +77,13 @@ class FisherForgetting(Method):
     def variances(self, fisher: dict[str, Tensor]) -> dict[str, Tensor]:
         """Variance of the noise of each parameter, of the diagonal Fisher information by parameter.
 
+        Entries of infinite information may not move: they get no noise, and count for neither p nor the mean.
+
         Raises:
-            Unsupported: if it is zero or not finite: no prediction depends on any parameter.
+            Unsupported: if it is zero or not a number: no prediction depends on any parameter.
         """
-        size = sum(one.numel() for one in fisher.values())
-        average = sum(float(one.sum()) for one in fisher.values()) / size
+        free = torch.cat([one[~one.isposinf()] for one in fisher.values()])
+        size, average = len(free), float(free.mean())
         if not 0 < average < math.inf:
             raise Unsupported(f"the mean Fisher information is {average}, so that noise has no scale; use fine-tune")
         return {name: 2 * self.alpha / size * (1 / one).clamp(max=self.most / average) for name, one in fisher.items()}

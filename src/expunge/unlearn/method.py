@@ -33,8 +33,10 @@ class Task:
         forget: the rows to remove; at least one.
         retain: the rows that stay, replacements included; at least one.
         tally: to be told of row gradients and rows read.
-        moves: of a pruned model, the weights that are not pruned; `Steps` keeps the others at zero, and whatever a
-            method does to them, the base sets them back. None: all may move.
+        moves: the entries that may change; `Steps` keeps the others as they are, zero or not. Of a pruned model pruned
+            weights are never among them, and whatever a method does to those, the base sets them back. None: all may.
+        zeros: the mask of a pruned model: what it holds is pruned, and zero in whatever a method builds in the model's
+            stead. None: nothing is pruned. It lets move at least what `moves` does.
     """
 
     trained: Trained
@@ -42,6 +44,7 @@ class Task:
     retain: Records
     tally: Tally
     moves: Mask | None = None
+    zeros: Mask | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +129,11 @@ class Method(ABC):
             return self._identity(trained, noted)
         tally = Tally() if tally is None else tally
         work = trained if self.claim is Claim.EXACT else replace(trained, module=copy.deepcopy(trained.module))
-        moves = mask_of_zeros(trained.module) if trained.recipe.pruning is not None else None
-        task = Task(trained=work, forget=split.forget, retain=split.retain, tally=tally, moves=moves)
+        zeros = mask_of_zeros(trained.module) if trained.recipe.pruning is not None else None
+        task = Task(trained=work, forget=split.forget, retain=split.retain, tally=tally, moves=zeros, zeros=zeros)
         done = self._apply(task, rng=rng)
-        if moves is not None and self.claim is not Claim.EXACT:
-            moves.prune_(done.trained.module)
+        if zeros is not None and self.claim is not Claim.EXACT:
+            zeros.prune_(done.trained.module)
         cost = Cost(seconds=time.perf_counter() - started, gradients=tally.gradients, rows_read=tally.rows_read)
         claim = self._claim_of(done)
         if claim is not Claim.EXACT:

@@ -92,7 +92,7 @@ class RetrainBriefly(Method):
     def _apply(self, task: Task, *, rng: Generator) -> Done:
         recipe = task.trained.recipe
         module = build(recipe).to(task.retain.device)
-        if task.moves is not None:
-            task.moves.prune_(module)
-        fit(module, recipe, task.retain, steps=self.steps, mask=task.moves, tally=task.tally)
+        if task.zeros is not None:
+            task.zeros.prune_(module)
+        fit(module, recipe, task.retain, steps=self.steps, mask=task.zeros, tally=task.tally)
         return Done(trained=replace(task.trained, module=module))

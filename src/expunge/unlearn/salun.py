@@ -31,7 +31,8 @@ class SaliencyMasked(Method):
     Those are the `share` of all entries that may move (of all parameters together, pruned weights left out) with the
     largest absolute gradient of the forget rows' summed loss at the trained parameters, in evaluation mode and without
     weight decay: exactly ``max(1, round(share * entries))``, ties to the first. All others keep their value bit for
-    bit, whatever weight decay and momentum do, and whether or not the method knows of masks.
+    bit, whatever weight decay and momentum do, and whether or not the method knows of masks. A method that builds a
+    model anew (`RetrainBriefly`) does so whole; of that the salient entries are taken.
     Cost: the method's, one pass over the forget rows, a sort of all entries and a copy of the parameters.
 
     Attributes:

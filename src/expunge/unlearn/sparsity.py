@@ -204,8 +204,8 @@ def _take_over(method: Pruned | Masked, instead: str) -> None:
 
 def _held(then: Method, task: Task, mask: Mask, rng: Generator) -> Done:
     """What `then` does under the mask; zeros that it has moved all the same are put back."""
-    both = mask if task.moves is None else mask & task.moves  # others may hold what is not zero
-    done = then._apply(replace(task, moves=both), rng=rng)
+    moves, zeros = (mask if other is None else mask & other for other in (task.moves, task.zeros))
+    done = then._apply(replace(task, moves=moves, zeros=zeros), rng=rng)
     mask.prune_(done.trained.module)
     return done
 

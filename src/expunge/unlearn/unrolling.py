@@ -18,6 +18,7 @@ from expunge.core.trained import Trained
 from expunge.learn.build import EXTERNAL, build
 from expunge.learn.loop import prepare, row_losses
 from expunge.learn.models import has_batch_norm
+from expunge.learn.pruning import random_mask, synflow_mask
 from expunge.unlearn.method import Done, Method, Task
 
 Weights = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -30,7 +31,8 @@ class UnrollingSGD(Method):
     r"""Add back the removed rows' steps, with their gradients at the initial weights: "single gradient unlearning".
 
     Where the batch size divides the rows, ``w <- w + scale * (sum over epochs of lr / batch_size) * sum over removed
-    rows of the gradient of their loss at w_0``, with lr / (1 - momentum) for lr. w_0 is rebuilt from the recipe.
+    rows of the gradient of their loss at w_0``, with lr / (1 - momentum) for lr. w_0 is rebuilt from the recipe, pruned
+    as training began: where the recipe is dense it is dense, even if `Pruned` or `Masked` hold weights at zero now.
 
     Derivation: to first order in lr, SGD ends at :math:`w_0 - \sum_t a_t (\bar g_t(w_0) + \lambda w_0)`, with
     :math:`\bar g_t` the mean gradient of step t's batch and :math:`a_t = \sum_{s \ge t} \eta_s \mu^{s-t}`, which is
@@ -68,17 +70,33 @@ class UnrollingSGD(Method):
 
     def _apply(self, task: Task, *, rng: Generator) -> Done:
         trained = task.trained
-        module = build(trained.recipe).to(task.retain.device).eval()
-        if task.moves is not None:
-            task.moves.prune_(module)
+        module = beginning(trained.recipe, task.retain.device).eval()
         change, decay = first_order(task, module)
-        beginning = dict(module.named_parameters())
+        initial = dict(module.named_parameters())
         with torch.no_grad():
             for name, parameter in trained.module.named_parameters():
                 if name in change:
-                    step = change[name] + decay * trained.recipe.weight_decay * beginning[name].double()
+                    step = change[name] + decay * trained.recipe.weight_decay * initial[name].double()
                     parameter.add_((self.scale * step).to(parameter.dtype))
         return Done(trained=trained)
+
+
+def beginning(recipe: Recipe, device: torch.device) -> nn.Module:
+    """The weights that training began with, those that the recipe prunes before it at zero.
+
+    Only for masks that no training has a part in: by magnitude Misuse.
+    """
+    module, pruning = build(recipe).to(device), recipe.pruning
+    if pruning is None:
+        return module
+    if pruning.by == "magnitude":
+        raise Misuse("a model pruned by magnitude began at trained weights, which its recipe does not give")
+    if pruning.by == "synflow":
+        mask = synflow_mask(module, tuple(recipe.model_args["shape"]), pruning.sparsity, pruning.iterations)
+    else:
+        mask = random_mask(module, pruning.sparsity, coins.child(coins.generator(recipe.seed), "pruning"))
+    mask.prune_(module)
+    return module
 
 
 def first_order(task: Task, module: nn.Module) -> tuple[dict[str, Tensor], float]:
