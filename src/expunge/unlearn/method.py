@@ -20,7 +20,7 @@ from expunge.core.protocols import Cost, Need, Unlearned
 from expunge.core.records import Records, seal
 from expunge.core.request import Request, Split
 from expunge.core.trained import Trained
-from expunge.learn.loop import Tally
+from expunge.learn.loop import Tally, warm_up
 from expunge.learn.pruning import mask_of_zeros
 
 
@@ -123,6 +123,7 @@ class Method(ABC):
         split = request.split(records, ids=trained.ids, gone=trained.gone)
         _refuse_other_rows(trained, split)
         noted: tuple[Event, ...] = (AlreadyRemoved(rows=split.already),) if split.already else ()
+        warm_up()
         started = time.perf_counter()
         heals = split.already and self.claim is Claim.EXACT and trained.standing is not Claim.EXACT
         if not len(split.forget) and not heals:
