@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from expunge.calculus.objective import Objective
 from expunge.calculus.pieces import Matrix, Outer, Piece, Pieces
@@ -22,24 +24,35 @@ _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)
 _NEAR = {torch.float64: 1e-6}
 """How near two ways must come for each parameter, relative to its gradient's norm; other dtypes 1e-3."""
 _ROWS = {True: 32, False: 512}
-"""Rows a pass: of images few, as what convolutions read is copied once for each place of the kernel."""
+"""Rows a pass: of images few, so that what a pass allocates is small enough to be used again by the next."""
 
 
 def maker(objective: Objective, x: Tensor, y: Tensor) -> tuple[Maker, int]:
     """The quickest way to G that is right for this module, and how many numbers it keeps a row.
 
     By layers, if every parameter belongs to one linear, convolution or norm layer that is called once a pass with rows
-    along the first axis. Whether that is so is not read off the code but tried: on the first two of these rows the
-    gradients by each parameter must be those that differentiating one row at a time gives. Modules that do otherwise
-    (attention, tied weights) go through `Objective.gradients`; the numbers are the same.
+    along the first axis. Whether that is so is not read off the code but tried, once for an objective: on the first
+    two of its rows the gradients by each parameter must be those that differentiating one row at a time gives. Modules
+    that do otherwise (attention, tied weights) go through `Objective.gradients`; the numbers are the same.
     """
     layers = _layers(objective)
-    if layers is not None:
-        x, y = x[:2], y[:2]
-        trial = _pass(objective, layers, x, y)
-        if trial is not None and _alike(trial, [objective.gradient(x[i : i + 1], y[i : i + 1]) for i in range(len(x))]):
-            return partial(_by_layers, objective, layers), trial.numbers // len(x)
-    return partial(_by_rows, objective), objective.size
+    if objective not in _TRIED:
+        _TRIED[objective] = None if layers is None else _numbers(objective, layers, x[:2], y[:2])
+    each = _TRIED[objective]
+    if layers is None or each is None:
+        return partial(_by_rows, objective), objective.size
+    return partial(_by_layers, objective, layers), each
+
+
+_TRIED: WeakKeyDictionary[Objective, int | None] = WeakKeyDictionary()
+
+
+def _numbers(objective: Objective, layers: dict[str, tuple[nn.Module, str]], x: Tensor, y: Tensor) -> int | None:
+    """How many numbers G keeps a row by layers; None if it is another G."""
+    trial = _pass(objective, layers, x, y)
+    if trial is None or not _alike(trial, [objective.gradient(x[i : i + 1], y[i : i + 1]) for i in range(len(x))]):
+        return None
+    return trial.numbers // len(x)
 
 
 def _alike(trial: Pieces, right: Sequence[Tensor]) -> bool:
@@ -80,16 +93,42 @@ def _known(layer: nn.Module) -> bool:
 
 def _by_layers(objective: Objective, layers: dict[str, tuple[nn.Module, str]], x: Tensor, y: Tensor) -> Pieces:
     chunk = _ROWS[any(isinstance(layer, nn.Conv2d) for layer, _ in layers.values())]
-    parts = [_pass(objective, layers, *rows) for rows in zip(x.split(chunk), y.split(chunk), strict=True)]
-    whole = [part for part in parts if part is not None]
-    return Pieces([_joined(pieces) for pieces in zip(*(part.pieces for part in whole), strict=True)], len(x))
+    store = _Store(len(x))
+    for rows in zip(x.split(chunk), y.split(chunk), strict=True):
+        part = _pass(objective, layers, *rows)
+        if part is not None:
+            store.add(part.pieces)
+    return store.joined()
 
 
-def _joined(pieces: Sequence[Piece]) -> Piece:
-    outer = [piece for piece in pieces if isinstance(piece, Outer)]
-    if outer:
-        return Outer(torch.cat([piece.b for piece in outer]), torch.cat([piece.a for piece in outer]))
-    return Matrix(torch.cat([piece.matrix for piece in pieces if isinstance(piece, Matrix)]))
+class _Store:
+    """Pieces of more and more rows; a matrix is made once, for all rows, so that each part can go at once."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.filled = rows, 0
+        self.matrices: dict[int, Tensor] = {}
+        self.outers: dict[int, list[Outer]] = {}
+
+    def add(self, pieces: Sequence[Piece]) -> None:
+        """The same pieces of the next rows."""
+        count = 0
+        for place, piece in enumerate(pieces):
+            if isinstance(piece, Outer):
+                self.outers.setdefault(place, []).append(piece)
+                count = len(piece.a)
+            elif isinstance(piece, Matrix):
+                count = len(piece.matrix)
+                if place not in self.matrices:
+                    self.matrices[place] = piece.matrix.new_empty(self.rows, piece.width)
+                self.matrices[place][self.filled : self.filled + count] = piece.matrix
+        self.filled += count
+
+    def joined(self) -> Pieces:
+        """All rows."""
+        whole: dict[int, Piece] = {place: Matrix(matrix) for place, matrix in self.matrices.items()}
+        for place, parts in self.outers.items():
+            whole[place] = Outer(torch.cat([one.b for one in parts]), torch.cat([one.a for one in parts]))
+        return Pieces([whole[place] for place in sorted(whole)], self.rows)
 
 
 def _pass(objective: Objective, layers: dict[str, tuple[nn.Module, str]], x: Tensor, y: Tensor) -> Pieces | None:
@@ -109,11 +148,15 @@ def _derivatives(objective: Objective, layers: set[nn.Module], x: Tensor, y: Ten
     outputs: dict[nn.Module, Tensor] = {}
     calls = []
 
+    in_place = any(getattr(part, "inplace", False) for part in objective.module.modules())
+
     def note(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         calls.append(layer)
         inputs[layer] = args[0].detach()
-        outputs[layer] = out if out.requires_grad else out.detach().requires_grad_()
-        return outputs[layer].clone()  # so that an operation in place behind it changes a copy
+        inner = out.requires_grad
+        outputs[layer] = out if inner else out.detach().requires_grad_()
+        # An operation in place behind it must change a copy. One that no module owns up to is found by the trial.
+        return outputs[layer].clone() if in_place or not inner else outputs[layer]
 
     hooks = [layer.register_forward_hook(note) for layer in layers]
     try:
@@ -147,22 +190,18 @@ def _piece(layer: nn.Module, kind: str, a: Tensor, b: Tensor, places: Tensor | N
 
 
 def _of_convolution(layer: nn.Conv2d, a: Tensor, b: Tensor) -> Tensor:
-    """``sum over places of b a'`` for each place of the kernel: (n, outputs, inputs, height, width)."""
-    high, wide = layer.kernel_size
-    down, right = (int(by) for by in layer.padding)
-    if layer.stride != (1, 1):
-        patches = nn.functional.unfold(a, (high, wide), layer.dilation, (down, right), layer.stride)
-        return b.flatten(2) @ patches.transpose(1, 2)
-    padded = nn.functional.pad(a, (right, right, down, down + 1))  # a line more, for the last views to end in
-    line = padded.shape[3]
-    flat, lines = padded.flatten(2), nn.functional.pad(b, (0, line - b.shape[3])).flatten(2)
-    answer = a.new_empty(high, wide, len(a), b.shape[1], a.shape[1])
-    # With lines of one length, shifting the image is a view that begins elsewhere: nothing is copied for each place.
-    for i in range(high):
-        for j in range(wide):
-            start = i * layer.dilation[0] * line + j * layer.dilation[1]
-            torch.bmm(lines, flat[..., start : start + lines.shape[2]].transpose(1, 2), out=answer[i, j])
-    return answer.permute(2, 3, 4, 0, 1)
+    """(n, outputs, inputs, height, width): the weight's gradient with each row a group of one wide convolution."""
+    rows, outputs, inputs = len(a), b.shape[1], a.shape[1]
+    flat: Tensor = conv2d_weight(
+        a.reshape(1, rows * inputs, *a.shape[2:]),
+        (rows * outputs, inputs, *layer.kernel_size),
+        b.reshape(1, rows * outputs, *b.shape[2:]),
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        rows,
+    )
+    return flat.view(rows, outputs, inputs, *layer.kernel_size)
 
 
 def _of_norm(layer: nn.Module, kind: str, a: Tensor, b: Tensor) -> Tensor:
