@@ -98,7 +98,7 @@ CASES = {
     # running
     "run: unknown model": ("run x {ws}", 'there is no model "x"', 2),
     # handing out
-    "certificate: unknown": (f"certificate {NOBODY} --out new {{ws}}", "has no certificate: it is not completed", 2),
+    "certificate: unknown": (f"certificate {NOBODY} --out new {{ws}}", "there is no request", 2),
     "certificate: not done": ("certificate {id} --out new {ws}", "has no certificate: it is not completed", 2),
     "certificate: inside": ("certificate {id} --out ws/x/../new {ws}", "lies inside the workspace .*: name a place outside", 2),
     "certificate: over another": ("certificate {id} --out taken {ws}", "taken is there already", 2),

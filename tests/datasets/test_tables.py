@@ -139,7 +139,7 @@ def test_regression(table):
             "a,y\n1,no\n",
             {"label": "y"},
             BadRecords,
-            r'label column "y" of t.csv holds text \("no" in row 0\); give clas',
+            r'label column "y" of t.csv holds text \("no" in row 0\); give every label in order, as --classes no,yes',
         ),
         (
             "a,y\n1,no\n2,maybe\n",
