@@ -69,8 +69,10 @@ def _part(study: Study, data: str, result: StudyResult | None) -> Iterator[str]:
             for line in lines:
                 cells = [_cell(line.figures.get(key), factor) for key, _, factor in COLUMNS]
                 yield f"| {line.method} | {line.seeds} of {line.of} | " + " | ".join(cells) + " |"
-            missing = [one for one in study.named if one not in {line.method for line in lines}]
-            yield f"\nNot measured: {', '.join(missing)}.\n" if missing else ""
+            missing = {one: "not done yet" for one in study.named if one not in {line.method for line in lines}}
+            missing |= {line.method: "; ".join(line.why) for line in lines if line.why}
+            told = "".join(f"\n- Not measured: {method}: {why}." for method, why in missing.items())
+            yield f"{told}\n"
 
 
 def _cell(value: Estimate | float | None, factor: float) -> str:
