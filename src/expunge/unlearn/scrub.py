@@ -32,8 +32,8 @@ class Scrub(Method):
     D has no upper bound, and nothing stops at what retraining would answer; the authors' rewinding is not done.
     The usual temperature of 4 and `lr` were tried on 20,000 MNIST rows, class 3 removed: an MLP's test accuracy on the
     others fell from 0.96 to 0.88 at lr 0.01, and LeNet was no longer finite at lr 1e-3. Hence the timid defaults.
-    Even these fail: on full MNIST, LeNet's parameters stopped being finite in 3 of 6 runs when a class went, which raises
-    (docs/sparsity.md). Lower `lr` then.
+    Even these fail: on full MNIST, LeNet's parameters stopped being finite in 3 of 6 runs when a class went, which
+    raises (docs/sparsity.md). Lower `lr` then.
     Cost: `epochs` passes over the retained rows and `max_epochs` over the forget rows, each with an additional forward
     pass of the teacher; a copy of the model.
     """
