@@ -28,14 +28,15 @@ The question and its first answer are those of Jia et al., *Model sparsity can s
 2023), who used ResNet-18 on CIFAR-10. The data here are others, so that no figure can be compared with theirs, only
 the direction.
 
-Every method is at its defaults, found once for the suite's small case and not for this table; `expunge compare
---trials` searches them, with as many trials for each. UA: unlearning accuracy, the share of forgotten rows answered
-wrongly; MIA-eff.: the share of them that a confidence threshold, fitted on retained against test rows, takes for
-strangers; RA, TA: accuracy on retained and test rows; all in percent. gap: mean absolute difference to exact
-retraining over accuracies and attack, in points. ToW: tug-of-war, 1 at retraining. gap - yardstick's: the same gap
-less that of retraining that stops after as many seconds; above zero, the method was not worth its time. Intervals: 95
-%, Student's t over seeds; of a single seed, over rows where there is one. Retraining a pruned model finds its mask
-anew, without the forgotten rows. Seconds were taken on two cores that other work may have shared.
+Every method is at its defaults. They were chosen on the suite's small case, some of them (influence, SCRUB, boundary
+shrink, SSD, unrolling) also with a look at MNIST, none by this table; `expunge compare --trials` searches them, with
+as many trials for each. UA: unlearning accuracy, the share of forgotten rows answered wrongly; MIA-eff.: the share of
+them that a confidence threshold, fitted on retained against test rows, takes for strangers; RA, TA: accuracy on
+retained and test rows; all in percent. gap: mean absolute difference to exact retraining over accuracies and attack,
+in points. ToW: tug-of-war, 1 at retraining. gap - yardstick's: the same gap less that of retraining that stops after
+as many seconds; above zero, the method was not worth its time. Intervals: 95 %, Student's t over seeds; of a single
+seed, over rows where there is one. Retraining a pruned model finds its mask anew, without the forgotten rows. Seconds
+were taken on two cores that other work may have shared.
 """
 
 

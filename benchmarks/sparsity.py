@@ -103,7 +103,7 @@ def study_of(part: Part) -> Study:
 
 def part(name: str) -> None:
     """Measure one part, going on where it was left."""
-    if name in ("proposition", "backdoor"):
+    if name in OTHERS:
         folder = RESULTS / name
         found = backdoor(folder) if name == "backdoor" else proposition(datasets.get("mnist").train, (0, 1, 2), folder)
         write_atomically(folder / "summary.json", json.dumps(found, indent=1).encode("utf-8"))

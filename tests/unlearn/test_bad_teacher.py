@@ -1,14 +1,13 @@
 import copy
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from expunge.core.coins import generator
 from expunge.core.errors import Misuse, NothingChanged, Unsupported
-from expunge.core.recipe import Pruning, Recipe
+from expunge.core.recipe import Pruning
 from expunge.core.records import Records
 from expunge.core.request import Request
 from expunge.learn.build import build
@@ -19,20 +18,8 @@ from expunge.testing.watch import WriteWatch
 from expunge.unlearn import bad_teacher
 from expunge.unlearn.bad_teacher import BadTeacher, share_of
 from expunge.unlearn.distil import Teacher
+from tests.unlearn.kit import FORGET, RECIPE, RECORDS, vector
 
-
-def rows(n=96, classes=4):
-    rng = np.random.default_rng(5)
-    y = torch.from_numpy(rng.integers(0, classes, n))
-    x = torch.from_numpy(rng.normal(size=(n, 6))) + nn.functional.one_hot(y, 10)[:, :6]
-    return Records(x, y, [f"r{i}" for i in range(n)], [f"o{i % 12}" for i in range(n)], classes=classes)
-
-
-RECORDS = rows()
-RECIPE = Recipe(
-    model="mlp", model_args={"hidden": (8,)}, epochs=4, batch_size=16, weight_decay=1e-3, dtype="float64", seed=3
-)
-FORGET = [f"r{i}" for i in range(0, 40, 4)]
 ONE_STEP = {"lr": 0.2, "momentum": 0.0, "epochs": 1, "batch_size": 96}
 
 
@@ -53,10 +40,6 @@ def taught(monkeypatch):
 
     monkeypatch.setattr(bad_teacher, "Teacher", Watched)
     return seen
-
-
-def vector(module):
-    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
 def apart_by_hand(t, s, temperature):

@@ -2,45 +2,25 @@ import copy
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from expunge.core.coins import generator
 from expunge.core.errors import Misuse, NothingChanged, Unsupported
-from expunge.core.recipe import Recipe
 from expunge.core.records import Records
 from expunge.core.request import Request
 from expunge.learn.build import allow_code
 from expunge.learn.training import adopt, train
 from expunge.unlearn.boundary_shrink import BoundaryShrink, nearest_other
+from tests.unlearn.kit import FORGET, RECIPE, RECORDS, rows, vector
 
-
-def rows(n=96, classes=4, pixels=False):
-    rng = np.random.default_rng(5)
-    y = torch.from_numpy(rng.integers(0, classes, n))
-    x = torch.from_numpy(rng.normal(size=(n, 6))) + nn.functional.one_hot(y, 10)[:, :6]
-    if pixels:
-        x = (x.clamp(-1, 2) * 85 + 85).to(torch.uint8)
-    return Records(x, y, [f"r{i}" for i in range(n)], [f"o{i % 12}" for i in range(n)], classes=classes)
-
-
-RECORDS = rows()
-RECIPE = Recipe(
-    model="mlp", model_args={"hidden": (8,)}, epochs=4, batch_size=16, weight_decay=1e-3, dtype="float64", seed=3
-)
-FORGET = [f"r{i}" for i in range(0, 40, 4)]
 ONE_STEP = {"lr": 0.2, "momentum": 0.0, "epochs": 1, "batch_size": 96}
 
 
 @pytest.fixture(scope="module")
 def trained():
     return train(RECIPE, RECORDS)
-
-
-def vector(module):
-    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
 def labels_by_hand(module, x, y, epsilon, pixels):

@@ -2,7 +2,6 @@ import copy
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,7 +10,7 @@ from expunge.core.coins import generator
 from expunge.core.errors import Misuse, NothingChanged, Unsupported
 from expunge.core.events import Retrained
 from expunge.core.mask import Mask
-from expunge.core.recipe import Pruning, Recipe, Sharding
+from expunge.core.recipe import Pruning, Sharding
 from expunge.core.records import Records
 from expunge.core.request import Request
 from expunge.core.trained import TrainingLog
@@ -26,21 +25,9 @@ from expunge.unlearn.random_labels import wrong_labels
 from expunge.unlearn.retrain import RetrainBriefly
 from expunge.unlearn.salun import SaliencyMasked, SalUn, largest, saliency_mask
 from expunge.unlearn.sparsity import Masked
+from tests.unlearn.kit import FORGET, RECIPE, RECORDS, vector
 
-
-def rows(n=96, classes=4):
-    rng = np.random.default_rng(5)
-    y = torch.from_numpy(rng.integers(0, classes, n))
-    x = torch.from_numpy(rng.normal(size=(n, 6))) + nn.functional.one_hot(y, 10)[:, :6]
-    return Records(x, y, [f"r{i}" for i in range(n)], [f"o{i % 12}" for i in range(n)], classes=classes)
-
-
-RECORDS = rows()
-RECIPE = Recipe(
-    model="mlp", model_args={"hidden": (8,)}, epochs=4, batch_size=16, weight_decay=1e-3, dtype="float64", seed=3
-)
 SIZE = 6 * 8 + 8 + 8 * 4 + 4
-FORGET = [f"r{i}" for i in range(0, 40, 4)]
 INNER = (FineTune(), GradientAscent(), NegGradPlus(), RandomLabels())
 
 
@@ -73,10 +60,6 @@ class Read(Tally):
 
     def saw(self, records, positions, x, y):
         self.ids += [records.ids[place] for place in positions.tolist()]
-
-
-def vector(module):
-    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
 def gradient(module, x, y, reduction="mean"):

@@ -15,15 +15,19 @@ import typer
 from expunge.cli.inputs import METHODS, allow_named_code, make_recipe, named_method, read_records
 from expunge.cli.options import (
     AllowCode,
+    BatchSize,
     Classes,
     Columns,
     Data,
+    Epochs,
     IdColumn,
     Json,
     LabelColumn,
+    Model,
     OwnerColumn,
     Owners,
     Quiet,
+    RecipeFile,
     Seed,
 )
 from expunge.cli.output import console, progress
@@ -69,10 +73,10 @@ def compare(
     keep_steps: Annotated[
         bool, typer.Option("--keep-steps", help="Keep every step of the originals in memory, for methods that need it.")
     ] = False,
-    recipe: Annotated[Path | None, typer.Option(help="Recipe as JSON; the options below replace its fields.")] = None,
-    model: Annotated[str | None, typer.Option(help="softmax, mlp, lenet, convnet3, allcnn, resnet20, ...")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the records.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Records a step.")] = None,
+    recipe: RecipeFile = None,
+    model: Model = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of the training.")] = None,
     test: Annotated[str | None, typer.Option(help="Held-out data; a built-in set brings its own.")] = None,
     holdout: Annotated[float | None, typer.Option(help="Hold out this share of the owners instead of --test.")] = None,

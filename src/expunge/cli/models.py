@@ -22,15 +22,19 @@ from expunge.cli.inputs import (
 )
 from expunge.cli.options import (
     AllowCode,
+    BatchSize,
     Classes,
     Columns,
     Data,
+    Epochs,
     IdColumn,
     Json,
     LabelColumn,
+    Model,
     OwnerColumn,
     Owners,
     Quiet,
+    RecipeFile,
     Seed,
 )
 from expunge.cli.output import console, progress, say
@@ -51,10 +55,10 @@ _RUIN = 0.1
 def train(
     data: Data,
     out: Annotated[Path, typer.Option(help="New folder for the trained model.")],
-    recipe: Annotated[Path | None, typer.Option(help="Recipe as JSON; the options below replace its fields.")] = None,
-    model: Annotated[str | None, typer.Option(help="softmax, mlp, lenet, convnet3, allcnn, resnet20, ...")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the records.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Records a step.")] = None,
+    recipe: RecipeFile = None,
+    model: Model = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all randomness.")] = None,
     shards: Annotated[int | None, typer.Option(help="Train this many shards (SISA) instead of one model.")] = None,

@@ -17,6 +17,10 @@ LabelColumn = Annotated[str | None, typer.Option("--label-column", help="Tables:
 Classes = Annotated[str | None, typer.Option(help="Labels in order, as no,yes, or their number.")]
 Columns = Annotated[Path | None, typer.Option(help="Tables: JSON with any of columns, scale, categories, regression.")]
 Owners = Annotated[int | None, typer.Option(help="Image and text sets: number of artificial owners.")]
+RecipeFile = Annotated[Path | None, typer.Option(help="Recipe as JSON; the options below replace its fields.")]
+Model = Annotated[str | None, typer.Option(help="softmax, mlp, lenet, convnet3, allcnn, resnet20, ...")]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the records.")]
+BatchSize = Annotated[int | None, typer.Option(help="Records a step.")]
 Models = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Models; all if none is named.")]
 Folder = Annotated[
     Path | None,

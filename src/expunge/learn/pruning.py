@@ -221,7 +221,7 @@ def fit_pruned(
         raise Misuse("the recipe says nothing of pruning; use fit")
     prunable(module)  # refuses before any work
     if pruning.by != "magnitude":
-        mask = _chosen_blindly(module, recipe, pruning)
+        mask = mask_before_training(module, recipe, pruning)
         mask.prune_(module)
         return fit(module, recipe, records, mask=mask, keep=keep, **told)
     start, log = _dense_training(module, recipe, records, pruning, told)
@@ -245,7 +245,8 @@ def fit_pruned(
     return replace(log, steps=steps, rows_read=rows)
 
 
-def _chosen_blindly(module: nn.Module, recipe: Recipe, pruning: Pruning) -> Mask:
+def mask_before_training(module: nn.Module, recipe: Recipe, pruning: Pruning) -> Mask:
+    """The mask of a pruning that no training has a part in, by synflow or at random, of the untrained module."""
     if pruning.by == "synflow":
         return synflow_mask(module, tuple(recipe.model_args["shape"]), pruning.sparsity, pruning.iterations)
     return random_mask(module, pruning.sparsity, coins.child(coins.generator(recipe.seed), "pruning"))

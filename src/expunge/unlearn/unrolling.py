@@ -18,7 +18,7 @@ from expunge.core.trained import Trained
 from expunge.learn.build import EXTERNAL, build
 from expunge.learn.loop import prepare, row_losses
 from expunge.learn.models import has_batch_norm
-from expunge.learn.pruning import random_mask, synflow_mask
+from expunge.learn.pruning import mask_before_training
 from expunge.unlearn.method import Done, Method, Task
 
 Weights = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -91,11 +91,7 @@ def beginning(recipe: Recipe, device: torch.device) -> nn.Module:
         return module
     if pruning.by == "magnitude":
         raise Misuse("a model pruned by magnitude began at trained weights, which its recipe does not give")
-    if pruning.by == "synflow":
-        mask = synflow_mask(module, tuple(recipe.model_args["shape"]), pruning.sparsity, pruning.iterations)
-    else:
-        mask = random_mask(module, pruning.sparsity, coins.child(coins.generator(recipe.seed), "pruning"))
-    mask.prune_(module)
+    mask_before_training(module, recipe, pruning).prune_(module)
     return module
 
 
