@@ -1,11 +1,14 @@
 """Claims, guarantees and results: what may be said, and that nothing more can be."""
 
+import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from torch import nn
 
 from expunge import Claim, Constant, Cost, Guarantee, Misuse, Recipe, Trained, Unlearned
+from expunge.core.claim import Spent
 from expunge.core.events import Removed
 
 PROVED = Guarantee(
@@ -18,13 +21,13 @@ PROVED = Guarantee(
     reference="retraining with the same noise",
     parameters=("head.weight",),
     releases="current",
-    constants={"smoothness": Constant(1.0, "proved")},
+    constants={"smoothness": Constant(1.0, "proved", "a formula")},
 )
 TRAINED = Trained(module=nn.Linear(1, 1), recipe=Recipe(model="softmax"), ids=frozenset({"a"}))
 
 
 def _with(*sources: str) -> Guarantee:
-    return replace(PROVED, constants={f"c{i}": Constant(1.0, source) for i, source in enumerate(sources)})  # type: ignore[arg-type]
+    return replace(PROVED, constants={f"c{i}": Constant(1.0, source, "a formula") for i, source in enumerate(sources)})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -41,6 +44,22 @@ def _with(*sources: str) -> Guarantee:
 def test_basis_follows_from_the_weakest_constant(sources: tuple[str, ...], basis: str) -> None:
     assert _with(*sources).basis == basis
     assert _with(*sources).to_json()["basis"] == basis
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"constants": {"radius": Constant(1.0, "proved")}}, {"sigma": 0.0}, {"epsilon": float("inf")}],
+    ids=["proved-by-nothing", "no-noise", "infinite-epsilon"],
+)
+def test_what_has_no_noise_or_no_formula_proves_nothing(wrong: dict[str, Any]) -> None:
+    assert replace(PROVED, **wrong).basis == "none"
+
+
+def test_a_guarantee_reads_back_and_its_basis_is_computed_anew() -> None:
+    spent = Spent(epsilon=1.0, delta=1e-5, mu=0.25, releases=3, budget_epsilon=2.0, budget_releases=9)
+    whole = replace(PROVED, transcript=spent, outside=("body.weight",), remarks=("One.",))
+    data = json.loads(json.dumps(whole.to_json()))
+    assert Guarantee.from_json({**data, "basis": "none"}) == whole
 
 
 def test_basis_cannot_be_set() -> None:

@@ -13,6 +13,7 @@
     |   `-- NotNow                a step that a request in this state cannot take
     |-- Unsupported               not possible here; the message names what is            (exit code 3)
     |-- Impossible                not possible anywhere; the message says why             (exit code 3)
+    |-- BudgetExhausted           a privacy budget fixed beforehand is spent              (exit code 3)
     |-- NothingChanged            a method returned the model as it was and called it done
     |-- Corrupt                   stored bytes are not those that were written
     |-- Overtaken                 another worker has taken over; nothing was changed        (exit code 4)
@@ -79,6 +80,12 @@ class Unsupported(ExpungeError):
 
 class Impossible(ExpungeError):
     """Not possible anywhere: the message says why."""
+
+    exit_code = 3
+
+
+class BudgetExhausted(ExpungeError):
+    """A privacy budget that was fixed beforehand is spent; the message names what can still be done."""
 
     exit_code = 3
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from expunge.core.claim import Claim, Exactness
 from expunge.core.digest import canonical_json, digest_tensors, sha256_hex
 from expunge.core.errors import BadRecords, Misuse, UnreadableFile
+from expunge.core.events import Release, release_from_json
 from expunge.core.recipe import Recipe
 
 State = Mapping[str, Tensor]
@@ -72,7 +73,11 @@ class Trained:
         exactness: in which sense EXACT may be said of it: once its coins were drawn anew, never pathwise again.
         standing: EXACT while the bytes are those of a training on `ids` alone; what the weakest method since then
             could claim otherwise. An exact method that reuses old bytes refuses to start from less than EXACT.
-        secret: un-noised weights of a certified result: never served, saved or exported.
+        secret: un-noised parameters of a certified result, by their names in the module, and what its method keeps to
+            be quick, by names that begin with a dot: never served, saved or exported. Without it a certified method
+            computes the same anew, more slowly.
+        releases: every release of noise so far, in order; cumulative, as the transcript of all of them is what a
+            budget is spent on.
     """
 
     module: nn.Module
@@ -85,6 +90,7 @@ class Trained:
     seal: str | None = None
     exactness: Exactness = "pathwise"
     secret: State = field(default_factory=dict)
+    releases: tuple[Release, ...] = ()
 
     def __post_init__(self) -> None:
         both = self.ids & self.gone
@@ -142,6 +148,7 @@ class Trained:
             "standing": self.standing.value,
             "seal": self.seal,
             "exactness": self.exactness,
+            "releases": [release.to_json() for release in self.releases],
             "parts": len(self.parts),
             "digest": self.digest(),
         }
@@ -195,6 +202,7 @@ class Trained:
             standing=Claim(about["standing"]),
             seal=about["seal"],
             exactness=about["exactness"],
+            releases=tuple(release_from_json(one) for one in about.get("releases", ())),
         )
         if trained.digest() != about["digest"]:
             raise UnreadableFile(f"{folder} holds other parameters than were saved there; fetch it again")

@@ -120,7 +120,8 @@ class NamedCheck(ABC):
 
 def state_of(result: Unlearned) -> State:
     """What coins of the method determine: the un-noised state of a certified result, else parameters and buffers."""
-    return result.trained.secret or result.trained.module.state_dict()
+    state = result.trained.module.state_dict()
+    return {name: result.trained.secret.get(name, tensor) for name, tensor in state.items()}
 
 
 def noise_hides(result: Unlearned) -> bool:

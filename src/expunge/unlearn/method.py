@@ -130,6 +130,8 @@ class Method(ABC):
             return self._identity(trained, noted)
         tally = Tally() if tally is None else tally
         work = trained if self.claim is Claim.EXACT else replace(trained, module=copy.deepcopy(trained.module))
+        if self.claim is not Claim.CERTIFIED:
+            work = replace(work, secret={})  # it would be of a model that is no more
         zeros = mask_of_zeros(trained.module) if trained.recipe.pruning is not None else None
         task = Task(trained=work, forget=split.forget, retain=split.retain, tally=tally, moves=zeros, zeros=zeros)
         done = self._apply(task, rng=rng)
@@ -209,5 +211,6 @@ def _booked_out(done: Trained, before: Trained, split: Split, claim: Claim, exac
         log=done.log if exact or done.log is not before.log else None,
         seal=None if before.seal is None else seal(split.retain),
         exactness=exactness or before.exactness,
+        releases=done.releases or before.releases,  # an exact method's new model has none; what was given out stays so
         standing=claim if exact else Claim.weaker(claim, before.standing),
     )
