@@ -1,0 +1,116 @@
+"""What a head sees of each row, remembered for as long as somebody holds the rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from expunge.core.digest import digest_tensors
+from expunge.core.errors import Unsupported
+from expunge.core.records import Records
+from expunge.learn.loop import prepare
+from expunge.learn.models import features_of, head_of
+
+_CHUNK = 2048
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Features:
+    """Features of rows, and which of them a set holds.
+
+    Attributes:
+        x: (n, width + 1) float64, each row ending with a 1.
+        y: (n,) labels.
+        keep: (n,) true for the rows of the set that was asked for.
+    """
+
+    x: Float[Tensor, "n width"]
+    y: Tensor
+    keep: Tensor
+
+
+@dataclass(eq=False)
+class _Known:
+    extractor: str
+    place: Tensor
+    """(rows of the tensor,) their place in `x`, or -1."""
+    x: Tensor
+    y: Tensor
+
+
+# Keyed by the tensor that holds the rows, and gone with it. Nothing derived from a row outlives the row in memory.
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def features(module: nn.Module, records: Records) -> Features:
+    """Features of these rows, computed once for all sets that read the same tensor.
+
+    Computed in the module's dtype, in evaluation mode, and held in float64: 8 (width + 1) bytes a row.
+
+    Raises:
+        Unsupported: for a head without bias, as its last column would not be a parameter.
+    """
+    name, head = head_of(module)
+    if head.bias is None:
+        raise Unsupported(f'the head "{name or type(module).__name__}" has no bias; give it one')
+    if records.streamed:
+        x, y = _computed(module, records)
+        return Features(x=x, y=y, keep=torch.ones(len(x), dtype=torch.bool, device=x.device))
+    rows, chosen = records.shared()
+    extractor = _extractor(module)
+    known = _known.get(rows)
+    if known is None or known.extractor != extractor or bool((known.place[chosen] < 0).any()):
+        x, y = _computed(module, records)
+        place = torch.full((len(rows),), -1)
+        place[chosen] = torch.arange(len(chosen))
+        known = _known[rows] = _Known(extractor, place, x, y)
+    keep = torch.zeros(len(known.x), dtype=torch.bool, device=known.x.device)
+    keep[known.place[chosen].to(keep.device)] = True
+    return Features(x=known.x, y=known.y, keep=keep)
+
+
+def places(records: Records) -> Tensor | None:
+    """Where the rows of this set lie in what `features` gave; None if that is not known."""
+    if records.streamed:
+        return None
+    rows, chosen = records.shared()
+    known = _known.get(rows)
+    if known is None or bool((known.place[chosen] < 0).any()):
+        return None
+    found: Tensor = known.place[chosen]
+    return found
+
+
+def forget(records: Records) -> None:
+    """Have no features of these rows from now on."""
+    found = places(records)
+    if found is not None:
+        rows, chosen = records.shared()
+        known = _known[rows]
+        known.x[found] = 0
+        known.place[chosen] = -1
+
+
+def _computed(module: nn.Module, records: Records) -> tuple[Tensor, Tensor]:
+    dtype = next(module.parameters()).dtype
+    width = head_of(module)[1].in_features
+    answer = torch.ones(len(records), width + 1, dtype=torch.float64, device=records.device)
+    labels, start = [], 0
+    with torch.no_grad():
+        for x, y in records.batches(torch.arange(len(records)).split(_CHUNK)):
+            answer[start : start + len(x), :-1] = features_of(module, prepare(x, dtype))
+            labels.append(y)
+            start += len(x)
+    return answer, torch.cat(labels)
+
+
+def _extractor(module: nn.Module) -> str:
+    """Digest of everything that features depend on: all of the module's state but its head's."""
+    name = head_of(module)[0]
+    prefix = f"{name}." if name else ""
+    mine = {f"{prefix}weight", f"{prefix}bias"}
+    return digest_tensors({key: tensor for key, tensor in module.state_dict().items() if key not in mine})
