@@ -67,6 +67,7 @@ def recipes(draw):
         dtype=draw(st.sampled_from(["float32", "float64"])),
         sharding=draw(st.none() | sharding) if pruning is None else None,
         pruning=pruning,
+        max_norm=draw(st.none() | st.floats(1e-6, 1e6)),
     )
 
 
@@ -97,6 +98,7 @@ OTHERS = {
     "dtype": "float64",
     "sharding": Sharding(shards=2),
     "pruning": Pruning(sparsity=0.5),
+    "max_norm": 20.0,
 }
 
 
@@ -377,3 +379,20 @@ def test_dense_recipes_keep_the_digest_that_they_had_before_there_was_pruning():
     assert "pruning" not in dense.to_json()
     assert dense.digest() == "0730689a1b5f70436c41e06d001884d60604433a7758792a90da4cad57a6835a"
     assert Recipe.from_json({**dense.to_json(), "pruning": None}) == dense
+
+
+def test_recipes_without_a_bound_on_the_norm_keep_the_digest_that_they_had_before_there_was_one():
+    free = Recipe(model="mlp")
+    assert "max_norm" not in free.to_json()
+    assert free.digest() == "0730689a1b5f70436c41e06d001884d60604433a7758792a90da4cad57a6835a"
+    assert Recipe.from_json({**free.to_json(), "max_norm": None}) == free
+    bound = Recipe(model="mlp", max_norm=20)
+    assert bound.to_json()["max_norm"] == 20
+    assert bound == Recipe.from_json(json.loads(json.dumps(bound.to_json())))
+    assert replace(bound, sharding=Sharding(shards=2, salt="s")).part(1).max_norm == 20
+
+
+@pytest.mark.parametrize("radius", [0, -1.0, math.inf, math.nan, "20", True])
+def test_a_bound_on_the_norm_that_is_none_is_refused(radius):
+    with pytest.raises(BadRecipe, match=f"^max_norm must be > 0, or None for no bound, got {radius}$"):
+        Recipe(model="mlp", max_norm=radius)

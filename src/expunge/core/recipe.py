@@ -137,6 +137,8 @@ class Recipe:
         dtype: ``float32`` or ``float64``.
         sharding: None for one model.
         pruning: None for a dense model.
+        max_norm: radius of the L2 ball about zero that training keeps the vector of all trained parameters in, by
+            projecting it there at the start and after every step; None for no bound.
     """
 
     model: str
@@ -152,6 +154,7 @@ class Recipe:
     dtype: str = "float32"
     sharding: Sharding | None = None
     pruning: Pruning | None = None
+    max_norm: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("model_args", "optimiser_args", "schedule"):
@@ -168,7 +171,7 @@ class Recipe:
             raise BadRecipe(f"a recipe holds plain JSON values only: {error}") from None
 
     def _problems(self) -> list[str]:
-        decay = self.weight_decay
+        decay, radius = self.weight_decay, self.max_norm
         checks = [
             (isinstance(self.model, str) and self.model != "", f"model must be a name, got {self.model!r}"),
             (self.loss in LOSSES, f'loss must be one of {", ".join(LOSSES)}, got "{self.loss}"'),
@@ -177,6 +180,10 @@ class Recipe:
             (_is_number(decay) and 0 <= decay < math.inf, f"weight_decay must be >= 0, got {decay}"),
             (_is_whole(self.seed), f"seed must be an integer, got {self.seed!r}"),
             (self.dtype in ("float32", "float64"), f'dtype must be float32 or float64, got "{self.dtype}"'),
+            (
+                radius is None or (_is_number(radius) and 0 < radius < math.inf),
+                f"max_norm must be > 0, or None for no bound, got {radius}",
+            ),
             (self.sharding is None or self.pruning is None, "shards cannot be pruned; give sharding or pruning"),
             (
                 self.pruning is None or self.pruning.rewind <= self.epochs,
@@ -289,6 +296,8 @@ class Recipe:
             del data["pruning"]  # dense recipes keep the digest that they had before there was pruning
         else:
             data["pruning"] = asdict(self.pruning)
+        if self.max_norm is None:
+            del data["max_norm"]  # as with pruning
         return data
 
     @classmethod

@@ -22,6 +22,7 @@ from expunge.core.mask import Held, Mask
 from expunge.core.recipe import Recipe
 from expunge.core.records import Records
 from expunge.core.trained import State, TrainingLog, copy_state
+from expunge.learn.ball import Ball
 from expunge.learn.build import build_name, seeded
 from expunge.learn.resume import Progress, Saver
 
@@ -150,7 +151,7 @@ def fit(
 
     Raises:
         EmptyRetain: without rows.
-        BadRecipe: if the loss becomes NaN or infinite.
+        BadRecipe: if the loss becomes NaN or infinite, or the mask holds what the recipe's `max_norm` would move.
         Stopped: at a keyboard interrupt, if there is a saver; training goes on from the last saved step.
     """
     if not len(records):
@@ -186,6 +187,7 @@ class _Run:
         self.begin, self.mark, self.keep = begin, mark, keep
         self.saver, self.report, self.tally = saver, report, tally
         self.held = None if mask is None else Held(mask, module)
+        self.ball = Ball(module, recipe.max_norm, mask)
         self.optimiser = optimiser_of(recipe, module)
         self.loss = mean_loss(recipe)
         self.dtype = getattr(torch, recipe.dtype)
@@ -202,6 +204,7 @@ class _Run:
             self.at = self.saver.restore(self.stage, self.module, self.optimiser)
             self.losses = list(self.at.losses)
             self.checkpoints = self.saver.checkpoints(self.stage, self.at.step)
+        self.ball.project()
         try:
             for epoch in range(len(self.losses), self.epochs):
                 self._epoch(epoch)
@@ -239,6 +242,7 @@ class _Run:
             optimiser.step()
             if self.held is not None:
                 self.held.put_back()
+            self.ball.project()
             total += loss.detach() * len(y)
             self.at.step += 1
             self._after_step(total)

@@ -54,7 +54,7 @@ def train_many(
 
     Raises:
         Unsupported: for batch norm (its batch statistics cannot be kept apart under vmap), dropout (its coins would be
-            shared between models), sharded or pruned recipes, streamed rows.
+            shared between models), recipes that are sharded, pruned or bounded in norm, streamed rows.
         Misuse: if subsets and seeds differ in number, or the subsets are not selections of one set.
     """
     if len(subsets) != len(seeds) or not subsets:
@@ -65,6 +65,8 @@ def train_many(
         raise Unsupported(
             "a pruned recipe has a mask for each model, which are not stacked; train the models one by one"
         )
+    if recipe.max_norm is not None:
+        raise Unsupported("a recipe with max_norm projects each model after each step; train the models one by one")
     recipe = recipe.completed(subsets[0])
     models = [build(replace(recipe, seed=seed)) for seed in seeds]
     _refuse_unstackable(models[0])

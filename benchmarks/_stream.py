@@ -1,0 +1,272 @@
+"""A stream of certified removals from a head, beside retraining, each checked against an optimum found otherwise."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from expunge import Recipe, Records, Request, Trained, datasets, generator, train
+from expunge.calculus.head import HeadObjective
+from expunge.certify.accountant import Budget
+from expunge.certify.chord import Solved, solve
+from expunge.certify.features import features
+from expunge.certify.head import NewtonHead
+from expunge.certify.leak import pair_leak
+from expunge.core.coins import order
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One data set, and what is fixed before its first request."""
+
+    data: str
+    weight_decay: float = 1e-3
+    sigma: float = 0.02
+    rows: int | None = None
+
+
+def stream(
+    one: Setting, removals: int, budget: Budget, *, compare: int, solvers: tuple[str, ...], report: Report
+) -> dict[str, Any]:
+    """Remove rows one after the other, in the order of a keyed hash; compare with retraining after some of them.
+
+    Args:
+        one: what to remove from.
+        removals: how many.
+        budget: of the whole transcript.
+        compare: retrain after so many of them, evenly spread, cold and warm.
+        solvers: of scikit-learn's; the quicker counts.
+        report: told where it stands.
+    """
+    found = datasets.get(one.data)
+    records, test = found.train, found.test
+    if one.rows is not None:
+        records = records.select(order(records.keys, 0, "subset")[: one.rows])
+    trained = train(Recipe(model="softmax", epochs=1, batch_size=256, weight_decay=one.weight_decay), records)
+    method = NewtonHead(sigma=one.sigma, budget=budget)
+    started = time.perf_counter()
+    now = method.begin(trained, records)
+    begin_s = time.perf_counter() - started
+    report(f"{one.data}: first model {begin_s:.1f} s, cap {method.cap:.3g}")
+    checked = Checked(one, records, test, now)
+    names = [records.ids[i] for i in order(records.keys, 0, "requests")[:removals]]
+    when = {round((i + 1) * removals / compare) for i in range(compare)}
+    seconds = []
+    for number, name in enumerate(names, 1):
+        before = now
+        started = time.perf_counter()
+        answer = method(before, records, Request.remove([name]), rng=generator(0))
+        seconds.append(time.perf_counter() - started)
+        now = answer.trained
+        assert answer.guarantee is not None
+        checked.request(before, now, method, answer.guarantee.to_json())
+        if number in when:
+            checked.retraining(now, solvers)
+            report(f"{one.data}: {number} of {removals}, {seconds[-1]:.2f} s, {checked.line()}")
+    return {
+        "data": one.data,
+        "rows": len(records),
+        "parameters": now.secret["head.weight"].numel() + now.secret["head.bias"].numel(),
+        "weight_decay": one.weight_decay,
+        "sigma": one.sigma,
+        "cap": method.cap,
+        "removals": removals,
+        "begin_s": begin_s,
+        "request_s": statistics.median(seconds),
+        "slowest_request_s": max(seconds),
+        **checked.summary(statistics.median(seconds)),
+    }
+
+
+class Checked:
+    """What is measured beside a stream, by means that are not the stream's own."""
+
+    def __init__(self, one: Setting, records: Records, test: Records, start: Trained) -> None:
+        self.one, self.records = one, records
+        self.x, self.y = _plain(records)
+        self.test_x, self.test_y = _plain(test)
+        self.outputs = start.secret["head.weight"].shape[0]
+        self.optimum = _matrix(start.secret)
+        self.distances: list[float] = []
+        self.bounds: list[float] = []
+        self.caps: list[float] = []
+        self.leaks: list[float] = []
+        self.spent: list[float] = []
+        self.cold: dict[str, list[float]] = {}
+        self.warm: dict[str, list[float]] = {}
+        self.accuracy: list[float] = []
+        self.retrained: list[float] = []
+        self.previous = self.optimum
+
+    def request(self, before: Trained, after: Trained, method: NewtonHead, guarantee: Mapping[str, Any]) -> None:
+        """After every request: the true distance, and what has been spent and leaked."""
+        objective = self._objective(after)
+        self.previous = self.optimum
+        self.optimum = independent_optimum(self.x, self.y, objective.keep, self.one.weight_decay, after)
+        w = _matrix(after.secret)
+        self.distances.append(float((w - self.optimum).norm()))
+        gradient = objective.gradient(w)
+        self.gradient = float(gradient.norm())
+        self.bounds.append(self.gradient / self.one.weight_decay)
+        self.caps.append(method.cap)
+        leak = pair_leak(_head(before.secret), _head(after.secret), sigma_old=method.sigma, sigma_new=method.sigma)
+        self.leaks.append(leak.mu)
+        self.spent.append(guarantee["transcript"]["epsilon"])
+
+    def retraining(self, after: Trained, solvers: tuple[str, ...]) -> None:
+        """Retraining by scikit-learn to as small a gradient, from zero and from the optimum before this request."""
+        keep = self._objective(after).keep.numpy()
+        x, y = self.x.numpy()[keep], self.y.numpy()[keep]
+        for solver in solvers:
+            for start, kept in ((None, self.cold), (self.previous.numpy(), self.warm)):
+                kept.setdefault(solver, []).append(self._retrained(solver, x, y, start))
+        self.accuracy += [self._accuracy(_matrix(after.secret) + self.one.sigma * noise) for noise in _noises(self, 20)]
+        self.retrained.append(self._accuracy(self.optimum))
+
+    def _retrained(self, solver: str, x: np.ndarray, y: np.ndarray, start: np.ndarray | None) -> float:
+        """Seconds of the loosest tolerance of a ladder whose gradient is as small as the stream's."""
+        inverse = 1 / (len(x) * self.one.weight_decay)
+        two = self.outputs == 2
+        for tolerance in self.gradient * np.logspace(0, -4, 13):
+            model = LogisticRegression(
+                C=inverse, fit_intercept=False, tol=tolerance, max_iter=20_000, solver=solver, warm_start=True
+            )
+            if start is not None:
+                model.coef_ = (start[1:] - start[:1]) * 1.0 if two else start.copy()
+                model.classes_, model.intercept_ = np.arange(self.outputs), np.zeros(1 if two else self.outputs)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                started = time.perf_counter()
+                model.fit(x, y)
+                seconds = time.perf_counter() - started
+            if self._their_gradient(model.coef_, x, y, inverse) <= self.gradient:
+                return seconds
+        return math.nan
+
+    def _their_gradient(self, w: np.ndarray, x: np.ndarray, y: np.ndarray, inverse: float) -> float:
+        """Norm of the gradient of scikit-learn's own objective: for two classes, a single row of weights."""
+        z = x @ w.T
+        if self.outputs == 2:
+            slopes = 1 / (1 + np.exp(-z)) - y[:, None]
+        else:
+            slopes = torch.softmax(torch.from_numpy(z), 1).numpy()
+            slopes[np.arange(len(y)), y] -= 1
+        return float(np.linalg.norm(slopes.T @ x / len(x) + w / (inverse * len(x))))
+
+    def _objective(self, after: Trained) -> HeadObjective:
+        rows = self.records.take(sorted(after.ids))
+        seen = features(after.module, rows)
+        keep = torch.zeros(len(self.x), dtype=torch.bool)
+        keep[self.records.positions(rows.ids)] = True
+        assert int(seen.keep.sum()) == int(keep.sum())
+        return HeadObjective(
+            self.x, self.y, outputs=self.outputs, weight_decay=self.one.weight_decay, keep=keep
+        )
+
+    def _accuracy(self, w: Tensor) -> float:
+        return float(((self.test_x @ w.T).argmax(1) == self.test_y).double().mean())
+
+    def line(self) -> str:
+        """Where the stream stands."""
+        return f"farthest {max(self.distances):.2e} of {self.caps[-1]:.2e}, epsilon {self.spent[-1]:.3f}"
+
+    def summary(self, request_s: float) -> dict[str, Any]:
+        """All figures."""
+        valid = [distance <= cap for distance, cap in zip(self.distances, self.caps, strict=True)]
+        cold = {solver: statistics.median(times) for solver, times in self.cold.items()}
+        warm = {solver: statistics.median(times) for solver, times in self.warm.items()}
+        return {
+            "valid_share": statistics.fmean(valid),
+            "farthest_over_cap": max(a / b for a, b in zip(self.distances, self.caps, strict=True)),
+            "epsilon_of_transcript": self.spent[-1],
+            "epsilon_after": {str(i): self.spent[i - 1] for i in (1, 10, 100, 500) if i <= len(self.spent)},
+            "pair_leak_mu": {
+                "median": statistics.median(self.leaks),
+                "largest": max(self.leaks),
+                "first": self.leaks[0],
+                "last": self.leaks[-1],
+            },
+            "accuracy": 100 * statistics.fmean(self.accuracy),
+            "accuracy_retrained": 100 * statistics.fmean(self.retrained),
+            "accuracy_gap_points": 100 * (statistics.fmean(self.retrained) - statistics.fmean(self.accuracy)),
+            "cold_s": cold,
+            "warm_s": warm,
+            "request_speedup_cold": min(cold.values()) / request_s,
+            "request_speedup_warm": min(warm.values()) / request_s,
+        }
+
+
+def planted(one: Setting, removals: int, budget: Budget) -> float:
+    """The share of valid removals of a provider that takes its head for a thousand times as convex as it is.
+
+    It stops where the gradient over that wrong constant is within the cap: the check of validity must notice.
+    """
+    found = datasets.get(one.data)
+    records = found.train
+    if one.rows is not None:
+        records = records.select(order(records.keys, 0, "subset")[: one.rows])
+    x, y = _plain(records)
+    outputs = int(y.max()) + 1
+    whole = HeadObjective(x, y, outputs=outputs, weight_decay=one.weight_decay)
+    cap = budget.cap(one.sigma)
+    solved: Solved = solve(whole, torch.zeros(outputs, x.shape[1], dtype=torch.float64), cap)
+    w, factor, keep, valid = solved.w, solved.factor, whole.keep.clone(), []
+    for position in order(records.keys, 0, "requests")[:removals]:
+        keep[position] = False
+        now = HeadObjective(x, y, outputs=outputs, weight_decay=one.weight_decay, keep=keep.clone())
+        if float(now.gradient(w).norm()) / (1000 * one.weight_decay) > cap:
+            w = solve(now, w, cap, factor=factor).w
+        true = solve(now, w, 10 * now.gradient_error(w) / one.weight_decay, factor=factor).w
+        valid.append(float((w - true).norm()) <= cap)
+    return statistics.fmean(valid)
+
+
+def independent_optimum(x: Tensor, y: Tensor, keep: Tensor, weight_decay: float, near: Trained) -> Tensor:
+    """The minimiser on the kept rows, vouched for by autograd's gradient in float64 and strong convexity alone.
+
+    Where the steps come from does not matter: it ends when that gradient says that the minimiser is within 1e-8.
+    """
+    factor, w = near.secret[".factor"], _matrix(near.secret)
+    rows, labels = x[keep], y[keep]
+    for _ in range(60):
+        leaf = w.clone().requires_grad_()
+        loss = torch.nn.functional.cross_entropy(rows @ leaf.T, labels) + weight_decay / 2 * leaf.square().sum()
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        if float(gradient.norm()) / weight_decay < 1e-8:
+            return w
+        scale = float(gradient.abs().max())
+        step = torch.cholesky_solve((gradient / scale).flatten().float()[:, None], factor)[:, 0].double() * scale
+        w = w - step.view(w.shape)
+    raise RuntimeError(f"no independent optimum within 1e-8, only {float(gradient.norm()) / weight_decay:.2e}")
+
+
+def _plain(records: Records) -> tuple[Tensor, Tensor]:
+    x = records.x.flatten(1)
+    x = (x.float() / 255 if x.dtype is torch.uint8 else x.float()).double()
+    return torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], dim=1), records.y
+
+
+def _matrix(state: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([state["head.weight"].double(), state["head.bias"].double()[:, None]], dim=1)
+
+
+def _head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if not name.startswith(".")}
+
+
+def _noises(of: Checked, draws: int) -> list[Tensor]:
+    rng = generator(1)
+    return [torch.randn(of.optimum.shape, generator=rng, dtype=torch.float64) for _ in range(draws)]
