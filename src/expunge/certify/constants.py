@@ -4,12 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from expunge.core.claim import Constant
 from expunge.core.errors import Misuse
 
 SETTING = "setting "
+STANDS_ON = ("mu", "epsilon", "sensitivity", "sigma")
+"""Constants that a guarantee stands on: no formula gives them that does not say so."""
+_GIVES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        **dict.fromkeys(["zhang-exact", "zhang-cg", "zhang-lissa"], ("sensitivity",)),
+        **dict.fromkeys(["guo-worst-residual", "guo-paper-cap"], ("sensitivity",)),
+        **dict.fromkeys(["guo-worst-epsilon", "guo-paper-epsilon", "gaussian-epsilon-but-rho"], ("epsilon",)),
+        "sigma-of-share": ("sigma",),
+        **{f"clipped-steps-{name}": (name,) for name in ("sigma", "sensitivity", "mu")},
+        **{f"clipped-models-{name}": (name,) for name in ("sigma", "sensitivity", "epsilon")},
+        **{f"private-steps-{name}": (name,) for name in ("sigma", "sensitivity", "epsilon")},
+    }
+)
+# What formulas give that do not say it themselves: names never change their meaning, so that neither does this.
+_CALLED = frozenset(
+    {
+        ("delta", "method.budget.delta"),
+        ("budget", "method.budget.epsilon"),
+        ("dimension", "model.parameters"),
+        ("classes", "recipe.outputs"),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,20 +44,34 @@ class Derivation:
         formula: for people, with its source.
         of: names of the constants that it takes, in order.
         compute: the formula.
+        gives: names of the constants that it may give; empty: any but those that a guarantee stands on (`STANDS_ON`),
+            which only a formula gives that says so.
     """
 
     name: str
     formula: str
     of: tuple[str, ...]
     compute: Callable[..., float]
+    gives: tuple[str, ...] = ()
+
+    def may_give(self, name: str) -> bool:
+        """Whether a constant of this name may come from this formula."""
+        known = self.gives or _GIVES.get(self.name, ())
+        return name in known if known else name not in STANDS_ON
 
 
 def setting(value: float, where: str) -> Constant:
     """A number that somebody chose before the request was known: ``method.sigma``, ``recipe.weight_decay``.
 
-    `where` names the attribute that holds it, so that whoever has the method and the recipe can compare.
+    `where` names the attribute that holds it, so that whoever has the method and the recipe can compare. The constant
+    must be called as the attribute is (see `is_called`), or another setting could pass for it.
     """
     return Constant(float(value), "proved", SETTING + where)
+
+
+def is_called(name: str, where: str) -> bool:
+    """Whether a constant of this name may be this setting: ``budget_delta`` for ``method.budget.delta``."""
+    return where.partition(".")[2].replace(".", "_") == name or (name, where) in _CALLED
 
 
 def supplied(value: float) -> Constant:

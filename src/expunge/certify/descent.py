@@ -82,6 +82,7 @@ EXTENT = Derivation(
     formula="extent = sqrt(2 ln(classes) / weight_decay): no optimum is longer, as it is no worse than zero weights",
     of=("weight_decay", "classes"),
     compute=lambda weight_decay, classes: math.sqrt(2 * math.log(classes) / weight_decay),
+    gives=("extent",),
 )
 WARM_STEPS = Derivation(
     name="descent-steps",
@@ -89,12 +90,14 @@ WARM_STEPS = Derivation(
     "accelerated: sqrt(2 cap^2 + 4 cap d + 3 d^2)",
     of=("smoothness", "weight_decay", "gradient", "accelerated", "share", "cap"),
     compute=_warm_steps,
+    gives=("steps",),
 )
 COLD_STEPS = Derivation(
     name="descent-cold-steps",
     formula="fewest steps that leave cap of extent",
     of=("smoothness", "weight_decay", "accelerated", "extent", "cap"),
     compute=_cold_steps,
+    gives=("cold_steps",),
 )
 DISTANCE = Derivation(
     name="descent-distance",
@@ -102,6 +105,7 @@ DISTANCE = Derivation(
     "c d (2 c + sqrt(3 - 2 c^2)) / (1 - 2 c^2), and what cold_steps leave of extent (Neel et al., 2021, re-derived)",
     of=("smoothness", "weight_decay", "gradient", "accelerated", "share", "extent", "steps", "cold_steps"),
     compute=_distance,
+    gives=("sensitivity",),
 )
 
 DERIVATIONS = (*SHARED, EXTENT, WARM_STEPS, COLD_STEPS, DISTANCE)

@@ -40,18 +40,21 @@ UNIT_RADIUS = Derivation(
     formula="radius = sqrt(features + 1): features within [-1, 1], as all pixels are, with a 1 for the bias",
     of=("features",),
     compute=lambda features: math.sqrt(features + 1),
+    gives=("radius",),
 )
 SMOOTHNESS = Derivation(
     name="full-batch-softmax-smoothness",
     formula="smoothness = radius^2 / 2: largest eigenvalue of a row's Hessian, weight decay not counted",
     of=("radius",),
     compute=lambda radius: radius * radius / 2,
+    gives=("smoothness",),
 )
 GRADIENT = Derivation(
     name="full-batch-softmax-gradient",
     formula="gradient = sqrt(2) radius: largest norm of a row's gradient, weight decay not counted",
     of=("radius",),
     compute=lambda radius: math.sqrt(2) * radius,
+    gives=("gradient",),
 )
 CAP = Derivation(
     name="full-batch-cap",
@@ -60,6 +63,7 @@ CAP = Derivation(
     compute=lambda epsilon, delta, requests, sigma: Budget(epsilon=epsilon, delta=delta, requests=round(requests)).cap(
         sigma
     ),
+    gives=("cap",),
 )
 
 DERIVATIONS = (UNIT_RADIUS, SMOOTHNESS, GRADIENT, CAP)

@@ -34,6 +34,7 @@ CAP = Derivation(
     compute=lambda sigma, epsilon, delta, requests: Budget(epsilon=epsilon, delta=delta, requests=round(requests)).cap(
         sigma
     ),
+    gives=("sensitivity",),
 )
 DERIVATIONS = (CAP, GAUSSIAN_MU)
 

@@ -99,24 +99,28 @@ CONVEX_DISTANCE = Derivation(
     "r = |1 - lr weight_decay|, s = max(r, |1 - lr (smoothness + weight_decay)|): convex losses",
     of=_KNOWN,
     compute=_convex,
+    gives=("sensitivity",),
 )
 SMOOTH_DISTANCE = Derivation(
     name="rewind-distance-smooth",
     formula="as rewind-distance-convex with s = r + lr smoothness: any losses (Mu and Klabjan, 2025, re-derived)",
     of=_KNOWN,
     compute=_smooth,
+    gives=("sensitivity",),
 )
 ANY_DISTANCE = Derivation(
     name="rewind-distance-any",
     formula="2 lr gradient (1 + r + ... + r^(epochs - 1)): between trainings on any two sets of rows",
     of=("gradient", "weight_decay", "lr", "epochs"),
     compute=_anything,
+    gives=("any",),
 )
 SIGMA = Derivation(
     name="rewind-sigma",
     formula="sigma = sensitivity sqrt(budget_requests) / mu(budget_epsilon, budget_delta)",
     of=("sensitivity", "budget_epsilon", "budget_delta", "budget_requests"),
     compute=_sigma,
+    gives=("sigma",),
 )
 
 DERIVATIONS = (*SHARED, CONVEX_DISTANCE, SMOOTH_DISTANCE, ANY_DISTANCE, SIGMA)

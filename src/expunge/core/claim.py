@@ -48,7 +48,7 @@ class Constant:
         value: the number.
         source: ``proved`` (a setting fixed beforehand, or derived from such by a known formula), ``supplied`` (somebody
             vouches for it) or ``estimated`` (measured on data, which proves nothing).
-        derivation: for ``proved``: the name of the formula that gives it, so that anyone can compute it again.
+        derivation: name of the formula that gives it, so that anyone can compute it again; ``proved`` needs one.
     """
 
     value: float
@@ -122,12 +122,14 @@ class Guarantee:
     def basis(self) -> Basis:
         """Computed from the constants: an estimated one proves nothing, a supplied one makes it conditional.
 
-        None without constants, without noise, for an infinite epsilon, and if a constant is called proved without the
-        name of the formula that gives it.
+        None without constants, without noise, for an infinite epsilon, if a number is not finite, and if a constant is
+        called proved without the name of the formula that gives it.
         """
         sources = {constant.source for constant in self.constants.values()}
         nameless = any(c.source == "proved" and not c.derivation for c in self.constants.values())
-        if not sources or "estimated" in sources or nameless or not self.epsilon < math.inf or not self.sigma > 0:
+        numbers = (self.epsilon, self.sigma, self.sensitivity, *(c.value for c in self.constants.values()))
+        finite = all(map(math.isfinite, numbers))
+        if not sources or "estimated" in sources or nameless or not finite or not self.sigma > 0:
             return "none"
         return "conditional" if "supplied" in sources else "proved"
 
