@@ -76,9 +76,9 @@ def test_both_bounds_hold_in_every_removal_rounding_included(loss, classes, deca
         of, w, factor = digits(loss, 500 if classes == 10 else 300, classes, decay)
         kept = without(of, removal(of, draw))
         for _ in range(steps):
-            w = w - chord._step(kept, w, kept.gradient(w), factor)
+            w = w - chord.newton_step(kept, w, kept.gradient(w), factor)
         gradient = kept.gradient(w)
-        step = chord._step(kept, w, gradient, factor)
+        step = chord.newton_step(kept, w, gradient, factor)
         true = float((w - exact(kept, w)).norm())
         floor = kept.gradient_error(w) / decay  # as far as the reference itself can be trusted
         assert true <= gradient_bound(kept, w, gradient) + floor
@@ -93,11 +93,11 @@ def test_the_kantorovich_bound_is_within_half_of_the_true_distance_at_the_median
     sharp, plain = [], []
     for seed in range(60):
         kept = without(of, removal(of, (seed, "rows", 1 + seed % 30)))
-        near = w - chord._step(kept, w, kept.gradient(w), factor)
+        near = w - chord.newton_step(kept, w, kept.gradient(w), factor)
         gradient = kept.gradient(near)
         true = float((near - exact(kept, near)).norm())
         assert true > 10 * kept.gradient_error(near) / kept.weight_decay, "below the rounding floor nothing is shown"
-        step = chord._step(kept, near, gradient, factor)
+        step = chord.newton_step(kept, near, gradient, factor)
         sharp.append(kantorovich_bound(kept, near, gradient, step, factor) / true)
         plain.append(gradient_bound(kept, near, gradient) / true)
     assert 1 <= np.median(sharp) < 1.5
@@ -159,7 +159,7 @@ def test_a_planted_constant_breaks_the_bound(monkeypatch):
     """The liar: a provider that says its head is a hundred times as convex as it is."""
     of, w, factor = digits()
     kept = without(of, removal(of, (0, "rows", 60)))
-    near = w - chord._step(kept, w, kept.gradient(w), factor)
+    near = w - chord.newton_step(kept, w, kept.gradient(w), factor)
     true = float((near - exact(kept, near)).norm())
     assert true <= gradient_bound(kept, near, kept.gradient(near))
     kept.weight_decay *= 100

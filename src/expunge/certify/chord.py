@@ -90,7 +90,7 @@ def kantorovich_bound(
     decay = objective.weight_decay
     image = objective.product(w, step)
     for _ in range(refine if factor is not None else 0):
-        step = step + _step(objective, w, gradient - image, factor)
+        step = step + newton_step(objective, w, gradient - image, factor)
         image = objective.product(w, step)
     slack = objective.product_error(w, step) + objective.gradient_error(w)
     residual = float(torch.linalg.vector_norm(image - gradient)) + slack
@@ -180,7 +180,7 @@ def solve(
             )
         if factor is None and w.numel() <= DENSE:
             factor, fresh, refactored = factorise(objective, w), True, True
-        step = _step(objective, w, gradient, factor)
+        step = newton_step(objective, w, gradient, factor)
         if known and float(torch.linalg.vector_norm(step)) <= cap:
             sharper = kantorovich_bound(objective, w, gradient, step, factor)
             if sharper <= cap:
@@ -212,7 +212,8 @@ def _solved(factor: Float[Tensor, "p p"], b: Float[Tensor, " p"]) -> Float[Tenso
     return torch.from_numpy(strsv(upper, strsv(upper, b.numpy(), lower=0, trans=1), lower=0))
 
 
-def _step(objective: HeadObjective, w: Tensor, gradient: Tensor, factor: Tensor | None) -> Tensor:
+def newton_step(objective: HeadObjective, w: Tensor, gradient: Tensor, factor: Tensor | None) -> Tensor:
+    """The Hessian at `w`, or the one behind the factor, solved for the gradient, nearly: bounds never trust it."""
     if factor is not None:
         scale = float(gradient.abs().max()) or 1.0  # so that no gradient is too small for float32
         return (_solved(factor, (gradient / scale).flatten().float()).double() * scale).view(w.shape)
@@ -237,14 +238,18 @@ def _descend(objective: HeadObjective, start: Tensor) -> Tensor:
     shape = start.shape
 
     def both(flat: object) -> tuple[float, object]:
-        value, gradient = objective.value_and_gradient(torch.as_tensor(flat).view(shape))
-        return value, gradient.flatten().numpy()
+        value, gradient = objective.value_and_gradient(torch.as_tensor(flat).to(start.device).view(shape))
+        return value, gradient.flatten().cpu().numpy()
 
     goal = 1e-3 * objective.weight_decay
     answer = minimize(
-        both, start.flatten().numpy(), jac=True, method="L-BFGS-B", options={"maxiter": 300, "gtol": goal, "maxcor": 20}
+        both,
+        start.flatten().cpu().numpy(),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": 300, "gtol": goal, "maxcor": 20},
     )
-    return torch.as_tensor(answer.x).view(shape)
+    return torch.as_tensor(answer.x).to(start.device).view(shape)
 
 
 _UP = 1 + 1e-9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from threading import RLock
 
 import torch
 from jaxtyping import Float
@@ -45,6 +46,9 @@ class _Known:
 # Keyed by the tensor that holds the rows, and gone with it. Nothing derived from a row outlives the row in memory.
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
+in_use = RLock()
+"""Held by whoever computes with features: `forget` wipes rows where they lie, under the hands of other threads."""
+
 
 def features(module: nn.Module, records: Records) -> Features:
     """Features of these rows, computed once for all sets that read the same tensor.
@@ -74,7 +78,7 @@ def features(module: nn.Module, records: Records) -> Features:
 
 
 def places(records: Records) -> Tensor | None:
-    """Where the rows of this set lie in what `features` gave; None if that is not known."""
+    """Where the rows of this set lie in what `features` gave last for this tensor; None if they are not there."""
     if records.streamed:
         return None
     rows, chosen = records.shared()

@@ -15,7 +15,7 @@ from expunge.calculus.head import HeadObjective
 from expunge.certify.accountant import Budget, charge
 from expunge.certify.chord import Solved, solve
 from expunge.certify.constants import Derivation, derived, setting, supplied
-from expunge.certify.features import Features, features, forget, places
+from expunge.certify.features import Features, features, forget, in_use, places
 from expunge.certify.guarantee import GAUSSIAN_MU, gaussian_mu, guarantee_of
 from expunge.certify.noise import add_noise
 from expunge.core.claim import Claim, Constant
@@ -119,10 +119,10 @@ class NewtonHead(Method):
         trained, names = task.trained, _names(task.trained.module)
         release = GaussianNoise(parameters=names, sensitivity=self.cap, sigma=self.sigma)
         spent = charge(trained.releases, release, self.budget)
-        lost = places(task.forget)
-        objective = _objective(trained, features(trained.module, task.retain))
-        solved = self._solved(trained, objective, lost, len(task.forget))
-        forget(task.forget)
+        with in_use:
+            objective = _objective(trained, features(trained.module, task.retain))
+            solved = self._solved(trained, objective, places(task.forget), len(task.forget))
+            forget(task.forget)
         task.tally.rows_read += objective.count
         secret, event = self._kept(solved, trained.secret, names)
         _put(trained.module, solved.w, self.sigma)
@@ -155,9 +155,10 @@ class NewtonHead(Method):
         if frozenset(records.ids) != trained.ids:
             raise Misuse("give exactly the records that the model is trained on; select them with records.take(ids)")
         names, module = _names(trained.module), copy.deepcopy(trained.module)
-        objective = _objective(trained, features(module, records))
-        start = _matrix(module.state_dict(), names).to(objective.x.device)
-        solved = solve(objective, start, self.cap)
+        with in_use:
+            objective = _objective(trained, features(module, records))
+            start = _matrix(module.state_dict(), names).to(objective.x.device)
+            solved = solve(objective, start, self.cap)
         _put(module, solved.w, self.sigma)
         standing = Claim.weaker(Claim.CERTIFIED, trained.standing)
         secret, _ = self._kept(solved, {}, names)

@@ -21,6 +21,8 @@ from expunge.testing.trial import NamedCheck, Subject, Trial
 
 CHECKS: tuple[NamedCheck, ...] = (*CONTRACT, *CLAIMS, *NEARER)
 
+_HIDDEN = "every step has noise that nobody can draw again, so that no state without noise exists to be compared"
+
 # Checks that a shipped method does not pass on the default case at its default settings, and why not.
 EXCEPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
@@ -29,6 +31,8 @@ EXCEPTIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "these mislabelled ones with confidence: gain -.001, and no better with any of 44 other settings; it "
             "passes when a class is removed"
         },
+        "clipped-fine-tune": {"row-order": _HIDDEN, "gone-stays-gone": _HIDDEN},
+        "clipped-model-fine-tune": {"row-order": _HIDDEN, "gone-stays-gone": _HIDDEN},
         "fisher-forgetting": {
             "nearer-than-standing-still": "noise alone brings no model nearer to retraining here: gain -.001 (-.012 to "
             ".009), and none for any alpha from 1e-3 to 3"
