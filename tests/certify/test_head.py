@@ -29,6 +29,7 @@ from expunge.certify.head import NewtonHead
 from expunge.core.errors import BudgetExhausted
 from expunge.core.events import GaussianNoise, SecretKept
 from expunge.learn.build import build
+from expunge.testing import conformance
 from expunge.testing.case import digits
 
 RECIPE = Recipe(model="softmax", epochs=2, batch_size=64, weight_decay=1e-2)
@@ -230,6 +231,13 @@ def test_the_first_model_can_be_given_out_with_noise(trained):
 def test_what_cannot_be_certified_is_refused_with_the_reason(recipe, why):
     with pytest.raises(Unsupported, match=why):
         remove(train(recipe, RECORDS), "row-000")
+
+
+def test_it_keeps_to_the_contract_of_all_methods():
+    """The recipe's own training must come near its minimum, or retraining by it is another reference than ours."""
+    case = replace(digits(), recipes=(replace(RECIPE, epochs=30, weight_decay=1e-3),), _models={})
+    report = conformance(NewtonHead(), case=case, seeds=range(3))
+    assert report.passed, report
 
 
 def test_ids_never_trained_on_are_refused(trained):

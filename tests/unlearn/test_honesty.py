@@ -131,7 +131,7 @@ class Certified(Method):
     def _apply(self, task: Task, *, rng: torch.Generator) -> Done:
         with torch.no_grad():
             next(task.trained.module.parameters()).add_(1)
-        constants = {"c": Constant(1.0, "proved")}
+        constants = {"c": Constant(1.0, "proved", "setting method.c")}
         bound = {"epsilon": 1.0, "delta": 1e-5, "mu": 0.2, "sigma": 1.0, "sensitivity": 0.2}
         about = {"mechanism": "m", "reference": "r", "parameters": ("w",), "releases": "current"}
         return Done(trained=task.trained, guarantee=Guarantee(**bound, **about, constants=constants))

@@ -298,7 +298,7 @@ GUARANTEE = Guarantee(
     reference="retraining",
     parameters=("0.weight",),
     releases="current",
-    constants={"strong convexity": Constant(0.01, "proved")},
+    constants={"strong convexity": Constant(0.01, "proved", "setting recipe.weight_decay")},
 )
 
 

@@ -212,7 +212,9 @@ class NewtonHead(Method):
         constants["sensitivity"] = derived(CAP, constants)
         constants["mu"] = gaussian_mu(constants)
         if _outside(trained.module):
-            constants["extractor_without_these_rows"] = supplied(float(self.public_extractor))
+            constants["extractor_made_without_these_rows" if self.public_extractor else "extractor_taken_as_given"] = (
+                supplied(1.0)
+            )
         return constants
 
     def _remarks(self, trained: Trained) -> tuple[str, ...]:
