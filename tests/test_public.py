@@ -17,6 +17,7 @@ NAMES = [
     "BadRecords",
     "BadTeacher",
     "BoundaryShrink",
+    "BudgetExhausted",
     "Claim",
     "CodeNotAllowed",
     "Comparison",

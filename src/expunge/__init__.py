@@ -14,6 +14,7 @@ from expunge.core.coins import child, generator
 from expunge.core.errors import (
     BadRecipe,
     BadRecords,
+    BudgetExhausted,
     CodeNotAllowed,
     Corrupt,
     EmptyRetain,
@@ -80,6 +81,7 @@ __all__ = [
     "BadRecords",
     "BadTeacher",
     "BoundaryShrink",
+    "BudgetExhausted",
     "Claim",
     "CodeNotAllowed",
     "Comparison",

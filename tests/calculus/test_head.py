@@ -25,10 +25,8 @@ def objective(loss="cross_entropy", n=700, width=5, outputs=3, seed=0, decay=0.1
 def plain(of, w):
     """The objective as a user would write it."""
     z, y = of.x[of.keep] @ w.T, of.y[of.keep]
-    if of.loss == "mse":
-        losses = (z - y).square().sum(1)
-    else:
-        losses = torch.nn.functional.cross_entropy(z, y, reduction="none")
+    squared = of.loss == "mse"
+    losses = (z - y).square().sum(1) if squared else torch.nn.functional.cross_entropy(z, y, reduction="none")
     return losses.mean() + of.weight_decay / 2 * w.square().sum()
 
 

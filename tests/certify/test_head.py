@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expunge import (
+    BudgetExhausted,
     Claim,
     FineTune,
     Misuse,
@@ -26,7 +27,6 @@ from expunge.certify import chord, head
 from expunge.certify.accountant import Budget
 from expunge.certify.features import features, places
 from expunge.certify.head import NewtonHead
-from expunge.core.errors import BudgetExhausted
 from expunge.core.events import GaussianNoise, SecretKept
 from expunge.learn.build import build
 from expunge.testing import conformance
