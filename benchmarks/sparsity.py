@@ -31,7 +31,7 @@ from _influence import speedups
 from _page import write_page
 from _proposition import measured as proposition
 
-from expunge import Keep, Method, Recipe, Request, Retrain, datasets, generator, train
+from expunge import Claim, Keep, Method, Recipe, Request, Retrain, datasets, generator, train
 from expunge.cli.inputs import METHODS
 from expunge.cli.output import progress
 from expunge.core.store import write_atomically
@@ -86,7 +86,8 @@ def main() -> None:
 
 def methods() -> dict[str, Method]:
     """All that change a model without claiming anything, at their defaults."""
-    return {word: kind() for word, kind in METHODS.items() if word not in (*EXACT, *NEEDS_A_LOG)}
+    claimless = {word: kind for word, kind in METHODS.items() if kind.claim is Claim.NONE}
+    return {word: kind() for word, kind in claimless.items() if word not in (*EXACT, *NEEDS_A_LOG)}
 
 
 def study_of(part: Part) -> Study:

@@ -1,7 +1,8 @@
 """Certified removal: methods whose results carry an (epsilon, delta) guarantee, and what it rests on.
 
 Begin with `NewtonHead`, for a linear head on features that do not depend on the removed rows. `explain` says a
-guarantee in plain words, `recheck` computes it again, `falsify` attacks it. Each other file says what its method is worth.
+guarantee in plain words, `recheck` computes it again, `falsify` attacks it. Of the others, each file says what it is
+worth.
 """
 
 from expunge.certify.accountant import Budget

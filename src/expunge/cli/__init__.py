@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn, cast
 import typer
 
 from expunge._version import __version__
+from expunge.cli.certify import app as certify
 from expunge.cli.compare import compare
 from expunge.cli.handover import certificate
 from expunge.cli.ledger import log, verify_bundle
@@ -42,6 +43,7 @@ _IN_A_WORKSPACE = (
 )
 for _command in (*_ON_MODELS, *_IN_A_WORKSPACE):
     app.command()(_command)
+app.add_typer(certify, name="certify")
 
 # Some versions of typer bring a click of their own, others use the package: its public name leads to the right one.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]

@@ -12,6 +12,14 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from expunge import datasets
+from expunge.certify.accountant import Budget
+from expunge.certify.clipped_models import ClippedModelFineTune
+from expunge.certify.descent import DescentToDelete
+from expunge.certify.guo import GuoRemoval
+from expunge.certify.head import NewtonHead
+from expunge.certify.newton import NewtonUnlearning
+from expunge.certify.noisy_fine_tune import ClippedFineTune
+from expunge.certify.rewind import RewindToDelete
 from expunge.core.errors import Misuse, UnreadableFile
 from expunge.core.recipe import Recipe, Sharding
 from expunge.core.records import Records
@@ -50,18 +58,25 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
         "amnesiac-unlearning": AmnesiacUnlearning,
         "bad-teacher": BadTeacher,
         "boundary-shrink": BoundaryShrink,
+        "clipped-fine-tune": ClippedFineTune,
+        "clipped-model-fine-tune": ClippedModelFineTune,
+        "descent-to-delete": DescentToDelete,
         "fine-tune": FineTune,
         "fisher-forgetting": FisherForgetting,
         "gradient-ascent": GradientAscent,
+        "guo-removal": GuoRemoval,
         "influence-unlearning": InfluenceUnlearning,
         "l1-sparse": L1Sparse,
         "masked-fine-tune": Masked,
         "neg-grad-plus": NegGradPlus,
+        "newton-head": NewtonHead,
+        "newton-unlearning": NewtonUnlearning,
         "pruned-fine-tune": Pruned,
         "random-labels": RandomLabels,
         "retrain": Retrain,
         "retrain-briefly": RetrainBriefly,
         "retrain-same-mask": RetrainSameMask,
+        "rewind-to-delete": RewindToDelete,
         "salun": SalUn,
         "scrub": Scrub,
         "selective-synaptic-dampening": SelectiveSynapticDampening,
@@ -184,8 +199,14 @@ def named_method(word: str, settings: Sequence[str]) -> Method:
 
 
 def default_of(setting: Field[Any]) -> Any:
-    """The default of a setting, made anew if it is made."""
-    return setting.default if setting.default_factory is MISSING else setting.default_factory()
+    """The default of a setting, made anew if it is made; of a budget, as one says it on the command line."""
+    value = setting.default if setting.default_factory is MISSING else setting.default_factory()
+    return say_budget(value) if isinstance(value, Budget) else value
+
+
+def say_budget(budget: Budget) -> str:
+    """``1,1e-05,100``: epsilon, delta and requests."""
+    return f"{budget.epsilon:g},{budget.delta:g},{budget.requests}"
 
 
 def _typed(name: str, value: str, default: Any, hint: Any) -> Any:
@@ -195,7 +216,16 @@ def _typed(name: str, value: str, default: Any, hint: Any) -> Any:
         if value not in CRITERIA:
             raise Misuse(f"{name} must be one of {', '.join(CRITERIA)}, got {value}")
         return CRITERIA[value]()
-    kind = int if default is None else type(default)
+    if hint is Budget:
+        return _budget(name, value)
+    if isinstance(default, bool):
+        return _yes_or_no(name, value)
+    kind = type(default)
+    if default is None:
+        plain = [one for one in (int, float) if one in get_args(hint)]
+        if not plain:
+            raise Misuse(f"{name} cannot be given on the command line; set it in Python")
+        kind = plain[0]
     if get_origin(hint) is Literal and value not in get_args(hint):
         raise Misuse(f"{name} must be one of {', '.join(get_args(hint))}, got {value}")
     try:
@@ -203,6 +233,22 @@ def _typed(name: str, value: str, default: Any, hint: Any) -> Any:
     except ValueError:
         what = "a whole number" if kind is int else "a number"
         raise Misuse(f'{name} must be {what}, got "{value}"') from None
+
+
+def _budget(name: str, value: str) -> Budget:
+    try:
+        epsilon, delta, requests = value.split(",")
+        return Budget(epsilon=float(epsilon), delta=float(delta), requests=int(requests))
+    except ValueError as error:
+        if isinstance(error, Misuse):
+            raise
+        raise Misuse(f'{name} must be epsilon,delta,requests, as 1,1e-5,100, got "{value}"') from None
+
+
+def _yes_or_no(name: str, value: str) -> bool:
+    if value.lower() not in ("true", "false", "yes", "no"):
+        raise Misuse(f'{name} must be true or false, got "{value}"')
+    return value.lower() in ("true", "yes")
 
 
 def load_model(folder: Path, allowed: bool) -> Trained:

@@ -26,13 +26,13 @@ from expunge.core.recipe import Recipe
 from expunge.core.records import Records
 from expunge.core.request import Request
 from expunge.core.trained import Trained
+from expunge.learn.build import build
 from expunge.learn.loop import NOTHING, Keep, Report
 from expunge.learn.training import train
 from expunge.unlearn.method import Method
 
 _DECAY = 1e-3
 _FULL_BATCH_STEPS = 500
-_BALL = 10.0
 _LARGEST_SIGMA = 2.0**40
 
 
@@ -93,10 +93,10 @@ class Wish:
         """The recipe with weight decay."""
         return self.recipe if self.recipe.weight_decay > 0 else replace(self.recipe, weight_decay=_DECAY)
 
-    @property
-    def decay_demand(self) -> str:
-        """What to say if the recipe had none."""
-        return "" if self.recipe.weight_decay > 0 else f"weight_decay > 0, here {_DECAY:g}"
+    def demand(self, more: str = "") -> str:
+        """What a recipe that has no weight decay must have from the start, and what else it must be."""
+        decay = "" if self.recipe.weight_decay > 0 else f"weight_decay > 0, here {_DECAY:g}"
+        return "; ".join(one for one in (decay, more) if one)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,17 +166,19 @@ class _Private(Way):
 
 
 def _head(wish: Wish) -> Way:
-    method = NewtonHead(budget=wish.budget, **({} if wish.sigma is None else {"sigma": wish.sigma}))
-    return Way(recipe=wish.convex, method=method, demand=wish.decay_demand)
+    method = NewtonHead(budget=wish.budget, sigma=NewtonHead.sigma if wish.sigma is None else wish.sigma)
+    return Way(recipe=wish.convex, method=method, demand=wish.demand())
 
 
 def _descent(wish: Wish) -> Way:
+    _softmax_only(wish, "its steps must lead to the only optimum there is")
     share = wish.rows / (wish.held - wish.all_rows)  # of what is left in the end: never less than a request's share
     method = DescentToDelete(budget=wish.budget, share=min(1.0, share), radius=wish.radius)
-    return Way(recipe=wish.convex, method=method, demand=wish.decay_demand)
+    return Way(recipe=wish.convex, method=method, demand=wish.demand())
 
 
 def _rewind(wish: Wish) -> Way:
+    _softmax_only(wish, "nobody can prove how smooth a network's loss is, which its bound needs")
     decay = wish.convex.weight_decay
     recipe = replace(
         wish.convex,
@@ -190,11 +192,11 @@ def _rewind(wish: Wish) -> Way:
     steps = _FULL_BATCH_STEPS * 99 // 100
     return Way(
         recipe=recipe,
-        method=RewindToDelete(
-            budget=wish.budget, steps=steps, share=wish.all_rows / wish.held, radius=wish.radius or None
-        ),
+        method=RewindToDelete(budget=wish.budget, steps=steps, share=wish.all_rows / wish.held, radius=wish.radius),
         keep=Keep(every=_FULL_BATCH_STEPS - steps),
-        demand=f"full batch: sgd without momentum, {_FULL_BATCH_STEPS} steps on all rows, float64, with a checkpoint",
+        demand=wish.demand(
+            f"full batch: sgd without momentum, {_FULL_BATCH_STEPS} steps on all rows, float64, with a checkpoint"
+        ),
     )
 
 
@@ -208,22 +210,29 @@ def _clipped_models(wish: Wish) -> Way:
     return Way(recipe=wish.recipe, method=ClippedModelFineTune(budget=wish.budget, polish=polish), noise="steps")
 
 
+def _softmax_only(wish: Wish, why: str) -> None:
+    if wish.recipe.model != "softmax" or wish.recipe.loss != "cross_entropy":
+        raise Unsupported(f"never possible for such a model: {why}; it is for softmax models")
+
+
 def _newton(wish: Wish) -> Way:
-    softmax = wish.recipe.model == "softmax" and wish.recipe.loss == "cross_entropy"
-    if not softmax:
-        raise Unsupported(
-            "never possible: nobody can prove how smooth a deep network's loss is, which its bound needs; it is for "
-            "softmax models"
-        )
+    _softmax_only(wish, "nobody can prove how smooth a network's loss is, which its bound needs")
+    classes = int(wish.recipe.model_args["outputs"])
+    # No minimum is longer than this, so that it lies inside, which the bound needs.
+    inside = 1.01 * math.sqrt(2 * math.log(max(classes, 2)) / wish.convex.weight_decay)
+    radius = wish.recipe.max_norm or float(f"{inside:.3g}")
     return Way(
-        recipe=replace(wish.convex, max_norm=wish.recipe.max_norm or _BALL),
+        recipe=replace(wish.convex, max_norm=radius),
         method=NewtonUnlearning(budget=wish.budget, feature_radius=wish.feature_length),
-        demand=f"weights kept in a ball by training: max_norm {wish.recipe.max_norm or _BALL:g}",
+        demand=wish.demand(
+            f"weights kept in a ball by training: max_norm {radius:g}" if wish.recipe.max_norm is None else ""
+        ),
     )
 
 
 def _guo(wish: Wish) -> Way:
-    """The smallest sigma, of powers of two, that the worst case allows."""
+    """With the smallest sigma, of powers of two, that the worst case allows."""
+    _softmax_only(wish, _CONVEX)
     recipe = replace(wish.convex, dtype="float64")
     left, sigma = wish.held - wish.all_rows, 1.0
     while sigma < _LARGEST_SIGMA:
@@ -231,7 +240,7 @@ def _guo(wish: Wish) -> Way:
             sigma=sigma, feature_radius=wish.feature_length, rows=left, removals=wish.all_rows, budget=wish.budget
         )
         if _promises(method, recipe):
-            return _Fitted(recipe=recipe, method=method, guo=method, demand=_OWN_TRAINING, noise="training")
+            return _fitted(wish, recipe, method)
         sigma *= 2
     raise Unsupported(
         f"no sigma keeps the worst case of {wish.all_rows:,} removals of {wish.held:,} rows within the budget at "
@@ -239,10 +248,24 @@ def _guo(wish: Wish) -> Way:
     )
 
 
+def _promises(method: GuoRemoval, recipe: Recipe) -> bool:
+    try:
+        method.guarantee_for(recipe, build(recipe))
+    except Misuse:
+        return False
+    return True
+
+
 def _guo_paper(wish: Wish) -> Way:
+    _softmax_only(wish, _CONVEX)
     method = GuoRemoval(bound="paper", feature_radius=wish.feature_length, budget=wish.budget)
     recipe = replace(wish.convex, dtype="float64")
-    return _Fitted(recipe=recipe, method=method, guo=method, demand=_OWN_TRAINING, noise="training")
+    return _fitted(wish, recipe, method)
+
+
+def _fitted(wish: Wish, recipe: Recipe, method: GuoRemoval) -> Way:
+    own = "training by GuoRemoval.fit, whose objective has a random linear term"
+    return _Fitted(recipe=recipe, method=method, guo=method, demand=wish.demand(own), noise="training")
 
 
 def _private(wish: Wish) -> Way:
@@ -255,7 +278,7 @@ def _private(wish: Wish) -> Way:
     )
 
 
-_OWN_TRAINING = "training by GuoRemoval.fit, whose objective has a random linear term"
+_CONVEX = "its perturbed objective must have one minimum"
 
 WAYS: Mapping[str, Callable[[Wish], Way]] = MappingProxyType(
     {
@@ -270,8 +293,7 @@ WAYS: Mapping[str, Callable[[Wish], Way]] = MappingProxyType(
         "private-training": _private,
     }
 )
-"""From a wish to the way that would be gone. A way that cannot be gone raises Unsupported or Misuse with the reason,
-here or when it is tried."""
+"""From a wish to the way that would be gone; one that cannot be gone raises with the reason, here or when tried."""
 
 FREE_SIGMA = frozenset({"newton-head"})
 """Ways for which any sigma keeps to the budget, as the cap is fitted to it."""
