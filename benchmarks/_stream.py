@@ -20,7 +20,6 @@ from expunge import Recipe, Records, Request, Trained, datasets, generator, trai
 from expunge.calculus.head import HeadObjective
 from expunge.certify.accountant import Budget
 from expunge.certify.chord import gradient_bound, kantorovich_bound, newton_step, solve
-from expunge.certify.features import features
 from expunge.certify.head import NewtonHead
 from expunge.certify.leak import pair_leak
 from expunge.core.coins import order
@@ -71,6 +70,7 @@ def stream(
     compare: int,
     solvers: tuple[str, ...],
     ladder: tuple[float, ...],
+    solve_every: int,
     report: Report,
 ) -> dict[str, Any]:
     """Remove rows one after the other, in the order of a keyed hash; compare with retraining after some of them.
@@ -79,13 +79,14 @@ def stream(
         ready: what to remove from.
         removals: how many.
         compare: retrain after so many of them, evenly spread, cold and warm.
-        solvers: of scikit-learn's; the quicker counts. All but the first are timed once.
+        solvers: of scikit-learn's; the quicker counts.
         ladder: tolerances to try, in units of the gradient that is asked for; the first that reaches it counts.
+        solve_every: find the optimum after so many removals.
         report: told where it stands.
     """
-    one, records, test, method, now = ready.one, ready.records, ready.test, ready.method, ready.first
+    one, records, method, now = ready.one, ready.records, ready.method, ready.first
     report(f"{one.data}: first model {ready.begin_s:.1f} s, cap {method.cap:.3g}")
-    checked = Checked(one, records, test, now, ladder)
+    checked = Checked(ready, ladder, solve_every)
     names = [records.ids[i] for i in order(records.keys, 0, "requests")[:removals]]
     when = {round((i + 1) * removals / compare) for i in range(compare)}
     seconds = []
@@ -98,7 +99,7 @@ def stream(
         assert answer.guarantee is not None
         checked.request(before, now, method, answer.guarantee.to_json())
         if number in when:
-            checked.retraining(now, solvers)
+            checked.retraining(solvers)
             report(f"{one.data}: {number} of {removals}, {seconds[-1]:.2f} s, {checked.line()}")
     return {
         "data": one.data,
@@ -118,65 +119,79 @@ def stream(
 class Checked:
     """What is measured beside a stream, by means that are not the stream's own."""
 
-    def __init__(
-        self, one: Setting, records: Records, test: Records, start: Trained, ladder: tuple[float, ...]
-    ) -> None:
-        self.one, self.records, self.ladder = one, records, ladder
-        self.x, self.y = _plain(records)
-        self.test_x, self.test_y = _plain(test)
-        self.outputs = start.secret["head.weight"].shape[0]
-        self.optimum = _matrix(start.secret)
+    def __init__(self, ready: Prepared, ladder: tuple[float, ...], solve_every: int) -> None:
+        self.one, self.records, self.ladder, self.every = ready.one, ready.records, ladder, solve_every
+        self.x, self.y = _plain(ready.records)
+        self.test_x, self.test_y = _plain(ready.test)
+        self.keep = torch.ones(len(self.x), dtype=torch.bool)
+        self.cap = ready.method.cap
+        self.w = self.previous = _matrix(ready.first.secret)
+        self.outputs = len(self.w)
+        self.valid: list[bool] = []
         self.distances: list[float] = []
         self.bounds: list[float] = []
         self.sharp: list[float] = []
-        self.caps: list[float] = []
         self.leaks: list[float] = []
         self.spent: list[float] = []
         self.cold: dict[str, list[float]] = {}
         self.warm: dict[str, list[float]] = {}
         self.accuracy: list[float] = []
         self.retrained: list[float] = []
-        self.previous = self.optimum
 
     def request(self, before: Trained, after: Trained, method: NewtonHead, guarantee: Mapping[str, Any]) -> None:
-        """After every request: the true distance, and what has been spent and leaked."""
-        objective = self._objective(after)
-        self.previous = self.optimum
-        w, factor = _matrix(after.secret), after.secret[".factor"]
-        self.optimum = independent_optimum(objective, w, factor)
-        self.distances.append(float((w - self.optimum).norm()))
-        gradient = objective.gradient(w)
-        sharp = kantorovich_bound(objective, w, gradient, newton_step(objective, w, gradient, factor), factor)
-        self.bounds.append(gradient_bound(objective, w, gradient))
-        self.sharp.append(sharp)
-        self.caps.append(method.cap)
+        """After every request: is it within the cap, and what has been spent and leaked?
+
+        Every so many times the optimum is found. In between autograd's gradient over the weight decay, which the
+        distance cannot exceed, is within the cap, or the optimum is found as well.
+        """
+        self.keep[self.records.positions(before.ids - after.ids)] = False
+        objective = HeadObjective(
+            self.x, self.y, outputs=self.outputs, weight_decay=self.one.weight_decay, keep=self.keep.clone()
+        )
+        self.previous, self.w = self.w, _matrix(after.secret)
+        most = float(independent_gradient(objective, self.w).norm()) / self.one.weight_decay
+        self.valid.append(most <= self.cap)
+        if len(self.spent) % self.every == 0 or most > self.cap:
+            self._solve(objective, after.secret[".factor"])
         leak = pair_leak(_head(before.secret), _head(after.secret), sigma_old=method.sigma, sigma_new=method.sigma)
         self.leaks.append(leak.mu)
         self.spent.append(guarantee["transcript"]["epsilon"])
 
-    def retraining(self, after: Trained, solvers: tuple[str, ...]) -> None:
-        """Retraining by scikit-learn to as small a gradient, from zero and from the optimum before this request."""
-        keep = self._objective(after).keep.numpy()
+    def _solve(self, objective: HeadObjective, factor: Tensor) -> None:
+        """The true distance, and what the bounds say of it."""
+        w, gradient = self.w, objective.gradient(self.w)
+        self.optimum = independent_optimum(objective, w, factor)
+        self.distances.append(float((w - self.optimum).norm()))
+        self.valid[-1] = self.distances[-1] <= self.cap
+        step = newton_step(objective, w, gradient, factor)
+        self.sharp.append(kantorovich_bound(objective, w, gradient, step, factor))
+        self.bounds.append(gradient_bound(objective, w, gradient))
+
+    def retraining(self, solvers: tuple[str, ...]) -> None:
+        """Retraining by scikit-learn to as small a gradient, from zero and from the weights before this request."""
+        keep = self.keep.numpy()
         x, y = self.x.numpy()[keep], self.y.numpy()[keep]
         for solver in solvers:
-            if solver in self.cold and solver != solvers[0]:
-                continue  # timed once: at thousands of parameters a Hessian of theirs takes minutes
             for start, kept in ((None, self.cold), (self.previous.numpy(), self.warm)):
-                kept.setdefault(solver, []).append(self._retrained(solver, x, y, start))
-        self.accuracy += [self._accuracy(_matrix(after.secret) + self.one.sigma * noise) for noise in _noises(self, 20)]
+                best = min((min(times) for times in kept.values()), default=math.inf)
+                seconds = self._retrained(solver, x, y, start, best)
+                kept.setdefault(solver, []).append(seconds)
+        self.accuracy += [self._accuracy(self.w + self.one.sigma * noise) for noise in _noises(self, 20)]
         self.retrained.append(self._accuracy(self.optimum))
 
-    def _retrained(self, solver: str, x: np.ndarray, y: np.ndarray, start: np.ndarray | None) -> float:
+    def _retrained(self, solver: str, x: np.ndarray, y: np.ndarray, start: np.ndarray | None, best: float) -> float:
         """Seconds until the gradient is as small as the cap asks for, by the loosest tolerance of a ladder that does.
 
-        Of two classes scikit-learn fits the difference of their weights, with half the decay: the same problem.
+        Infinite for a solver whose first step alone takes longer than the best so far. Of two classes scikit-learn
+        fits the difference of their weights, with half the decay: the same problem.
         """
         two = self.outputs == 2
         decay = self.one.weight_decay / 2 if two else self.one.weight_decay
-        inverse, goal = 1 / (len(x) * decay), self.caps[-1] * self.one.weight_decay / (math.sqrt(2) if two else 1)
-        for tolerance in goal * np.array(self.ladder):
+        inverse, goal = 1 / (len(x) * decay), self.cap * self.one.weight_decay / (math.sqrt(2) if two else 1)
+        steps = [(goal, 1)] * math.isfinite(best) + [(goal * part, 20_000) for part in self.ladder]
+        for tolerance, most in steps:
             model = LogisticRegression(
-                C=inverse, fit_intercept=False, tol=tolerance, max_iter=20_000, solver=solver, warm_start=True
+                C=inverse, fit_intercept=False, tol=tolerance, max_iter=most, solver=solver, warm_start=True
             )
             if start is not None:
                 model.coef_ = start[1:] - start[:1] if two else start.copy()
@@ -188,35 +203,29 @@ class Checked:
                 seconds = time.perf_counter() - started
             if _their_gradient(model.coef_, x, y, decay) <= goal:
                 return seconds
+            if most == 1 and seconds > best:
+                return math.inf
         return math.nan
-
-    def _objective(self, after: Trained) -> HeadObjective:
-        rows = self.records.take(sorted(after.ids))
-        seen = features(after.module, rows)
-        keep = torch.zeros(len(self.x), dtype=torch.bool)
-        keep[self.records.positions(rows.ids)] = True
-        assert int(seen.keep.sum()) == int(keep.sum())
-        return HeadObjective(self.x, self.y, outputs=self.outputs, weight_decay=self.one.weight_decay, keep=keep)
 
     def _accuracy(self, w: Tensor) -> float:
         return float(((self.test_x @ w.T).argmax(1) == self.test_y).double().mean())
 
     def line(self) -> str:
         """Where the stream stands."""
-        return f"farthest {max(self.distances):.2e} of {self.caps[-1]:.2e}, epsilon {self.spent[-1]:.3f}"
+        return f"farthest {max(self.distances):.2e} of {self.cap:.2e}, epsilon {self.spent[-1]:.3f}"
 
     def summary(self, request_s: float) -> dict[str, Any]:
         """All figures."""
-        valid = [distance <= cap for distance, cap in zip(self.distances, self.caps, strict=True)]
         cold = {solver: statistics.median(times) for solver, times in self.cold.items()}
         warm = {solver: statistics.median(times) for solver, times in self.warm.items()}
         return {
-            "valid_share": statistics.fmean(valid),
+            "valid_share": statistics.fmean(self.valid),
+            "optima_found": len(self.distances),
             "bound_over_distance": statistics.median(a / b for a, b in zip(self.sharp, self.distances, strict=True)),
             "plain_bound_over_distance": statistics.median(
                 a / b for a, b in zip(self.bounds, self.distances, strict=True)
             ),
-            "farthest_over_cap": max(a / b for a, b in zip(self.distances, self.caps, strict=True)),
+            "farthest_over_cap": max(self.distances) / self.cap,
             "epsilon_of_transcript": self.spent[-1],
             "epsilon_after": {str(i): self.spent[i - 1] for i in (1, 10, 100, 500) if i <= len(self.spent)},
             "pair_leak_mu": {
@@ -264,16 +273,23 @@ def planted(ready: Prepared, removals: int) -> float:
     return statistics.fmean(valid)
 
 
+def independent_gradient(of: HeadObjective, w: Tensor) -> Tensor:
+    """The objective's gradient by autograd, in float64."""
+    leaf = w.clone().requires_grad_()
+    losses = torch.nn.functional.cross_entropy(of.x @ leaf.T, of.y, reduction="none")
+    loss = torch.dot(losses, of.keep.double()) / of.count + of.weight_decay / 2 * leaf.square().sum()
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return gradient
+
+
 def independent_optimum(of: HeadObjective, near: Tensor, factor: Tensor) -> Tensor:
-    """The minimiser on the kept rows, vouched for by autograd's gradient in float64 and strong convexity alone.
+    """The minimiser on the kept rows, vouched for by autograd's gradient and strong convexity alone.
 
     Where the steps come from does not matter: it ends when that gradient says that the minimiser is within 1e-8.
     """
-    w, rows, labels = near, of.x[of.keep], of.y[of.keep]
+    w = near
     for _ in range(60):
-        leaf = w.clone().requires_grad_()
-        loss = torch.nn.functional.cross_entropy(rows @ leaf.T, labels) + of.weight_decay / 2 * leaf.square().sum()
-        (gradient,) = torch.autograd.grad(loss, leaf)
+        gradient = independent_gradient(of, w)
         if float(gradient.norm()) / of.weight_decay < 1e-8:
             return w
         w = w - newton_step(of, w, gradient, factor)
@@ -296,4 +312,4 @@ def _head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _noises(of: Checked, draws: int) -> list[Tensor]:
     rng = generator(1)
-    return [torch.randn(of.optimum.shape, generator=rng, dtype=torch.float64) for _ in range(draws)]
+    return [torch.randn(of.w.shape, generator=rng, dtype=torch.float64) for _ in range(draws)]

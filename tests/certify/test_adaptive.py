@@ -246,7 +246,7 @@ def test_at_the_cap_the_attack_finds_most_of_what_is_charged(choice: str) -> Non
     assert spent().mu == pytest.approx(mu)
     assert spent().epsilon == pytest.approx(gaussian.epsilon_of(mu, BUDGET.delta))
     for provider in (off_by(CAP), away_from_the_release):
-        epsilon, found_mu = found(REQUESTERS[choice], provider, 5000)
+        epsilon, found_mu = found(REQUESTERS[choice], provider, 10_000)
         assert 0.8 * mu < found_mu <= mu
         assert 0.5 * spent().epsilon < epsilon <= spent().epsilon
 

@@ -304,6 +304,14 @@ def test_a_method_with_a_quarter_of_its_noise_is_found_out(name: str, quartered:
     assert (verdict.outcome == "fail") is (case.near > 0), "0 where this attack is blind: see the worst case for those"
 
 
+@pytest.mark.parametrize("sigma", [0.0001, 0.0005, 0.001, 0.0035, 0.01, 0.1])
+def test_the_step_from_an_old_factor_ends_within_the_cap_wherever_it_stops(sigma: float) -> None:
+    method = replace(HEAD, sigma=sigma)
+    for forget in (["row-0"], of_class(0), of_class(1), of_class(1)[5:]):
+        answer = method(standing(), rows(), Request.remove(forget), rng=generator(0))
+        assert float((vector(answer.trained.secret) - minimiser(rows().without(forget))).norm()) <= method.cap
+
+
 def test_a_method_that_misquotes_its_budget_is_refuted() -> None:
     case = ONCE["NewtonHead"]
     guarantee, centre, ones = released(case, PAIRS)
@@ -516,6 +524,7 @@ def fitted(case: Objective, count: int) -> tuple[Guarantee, Tensor, Tensor]:
     request = Request.remove(case.forget)
     answers = [case.method(one, case.records, request, rng=generator(0)) for one in first]
     assert answers[0].guarantee is not None
+    assert answers[0].guarantee.epsilon <= case.method.budget.epsilon * (1 + 1e-9)
     terms = torch.stack([one.secret[".b"].flatten() for one in first])
     return answers[0].guarantee, terms, torch.stack([of(answer.trained.module) for answer in answers])
 

@@ -60,6 +60,9 @@ def train(
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="L2 penalty on all weights; certified heads need it, 1e-3 say.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all randomness.")] = None,
     shards: Annotated[int | None, typer.Option(help="Train this many shards (SISA) instead of one model.")] = None,
     slices: Annotated[int | None, typer.Option(help="Slices of each shard (1).")] = None,
@@ -92,7 +95,7 @@ def train(
     """
     refuse_existing(out)
     records = read_records(data, id_column, owner_column, label_column, classes, columns, owners)[0]
-    asked = {"model": model, "epochs": epochs, "batch_size": batch_size, "seed": seed}
+    asked = {"model": model, "epochs": epochs, "batch_size": batch_size, "weight_decay": weight_decay, "seed": seed}
     chosen = make_recipe(recipe, asked, lr, shards, slices, records)
     allow_named_code(chosen, allow_code)
     with progress(quiet or as_json) as show:
@@ -147,6 +150,7 @@ def forget(
     _warn_of_ruin(trained, answer, records)
     answer.trained.save(out)
     removed = len(answer.trained.gone) - len(trained.gone)
+    certified = answer.claim is Claim.CERTIFIED
     about = {
         "model": str(out),
         "method": chosen.name,
@@ -155,8 +159,10 @@ def forget(
         "not_covered": answer.claim.caveat(answer.exactness),
         "removed": removed,
         "gone": len(answer.trained.gone),
-        "seconds": answer.cost.seconds,
-        "row_gradients": answer.cost.gradients,
+        # What a certified removal cost depends on the removed rows, and is for the operator alone.
+        "seconds": None if certified else answer.cost.seconds,
+        "row_gradients": None if certified else answer.cost.gradients,
+        "guarantee": answer.guarantee.to_json() if certified and answer.guarantee is not None else None,
         "digest": answer.trained.digest(),
         "events": [event.to_json() for event in answer.events],
     }

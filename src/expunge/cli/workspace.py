@@ -16,6 +16,7 @@ import typer
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from expunge import datasets
 from expunge.cli.inputs import METHODS, load_model, read_records
 from expunge.cli.options import (
     AllowCode,
@@ -131,7 +132,8 @@ def register_model(
     with opened(workspace) as ws:
         if any(known.name == name for known in ws.ledger.models.all()):
             raise Misuse(f'there is a model "{name}" already; choose another name')
-        for path in (folder, Path(data), *([fallback] if fallback else []), *([columns] if columns else [])):
+        files = [] if data in datasets.names() else [Path(data)]
+        for path in (folder, *files, *([fallback] if fallback else []), *([columns] if columns else [])):
             refuse_inside(ws.root, path, _ROWS_OUTSIDE)
         source = Source(
             data=absolute(data),

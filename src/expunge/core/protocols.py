@@ -78,6 +78,10 @@ class Unlearned:
 
     def __str__(self) -> str:
         claim = f"{self.claim.value} ({self.exactness})" if self.exactness else self.claim.value
+        guarantee = self.guarantee
+        if self.claim is Claim.CERTIFIED and guarantee is not None:  # what it cost depends on the removed rows
+            figures = f"epsilon {guarantee.epsilon:.3g}, delta {guarantee.delta:g}, basis {guarantee.basis}"
+            return f"{claim} · {figures} · {self.claim.caveat()}"
         return f"{claim} · {self.cost} · {self.claim.caveat(self.exactness)}"
 
 
