@@ -107,3 +107,32 @@ def test_less_than_float64_and_empty_sets_are_refused():
         HeadObjective(of.x, of.y, outputs=3, weight_decay=0.1, keep=torch.zeros(len(of.x), dtype=torch.bool))
     with pytest.raises(Misuse, match="loss must be"):
         HeadObjective(of.x, of.y, outputs=3, weight_decay=0.1, loss="hinge")
+
+
+def test_one_enormous_row_does_not_hide_behind_the_others():
+    """Means of products are not products of means: with squared error the largest row decides."""
+    x = torch.cat([torch.rand(20_000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))] * 5)
+    x[:, -1] = 1
+    x[70_000, 0] = 2.0**27
+    of = HeadObjective(x, torch.ones(len(x), 1), outputs=1, weight_decay=0.1, loss="mse")
+    w = torch.full((1, 3), 1 / 3, dtype=torch.float64)
+    error = float(np.linalg.norm((of.gradient(w).numpy() - in_long_double(of, w)).astype(float)))
+    assert 0 < error <= of.gradient_error(w)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "mse"])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_rounding_of_products_stays_within_its_bound(loss, scale):
+    of, w = objective(loss, n=3_000, width=40, scale=scale)
+    v = torch.from_numpy(np.random.default_rng(3).normal(size=tuple(w.shape)))
+    x, wide, step = (t.numpy().astype(np.longdouble) for t in (of.x[of.keep], w, v))
+    u = x @ step.T
+    if loss == "mse":
+        u = 2 * u
+    else:
+        p = np.exp(x @ wide.T - (x @ wide.T).max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        u = p * (u - (p * u).sum(1, keepdims=True))
+    true = u.T @ x / len(x) + np.longdouble(of.weight_decay) * step
+    error = float(np.linalg.norm((of.product(w, v).numpy() - true).astype(float)))
+    assert 0 < error <= of.product_error(w, v) < 1e-6 * (1 + float(np.linalg.norm(true.astype(float))))

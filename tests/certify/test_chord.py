@@ -165,3 +165,38 @@ def test_a_planted_constant_breaks_the_bound(monkeypatch):
     kept.weight_decay *= 100
     lied = float(torch.linalg.vector_norm(kept.gradient(near) - 0.99 * kept.weight_decay * near)) / kept.weight_decay
     assert true > lied
+
+
+def test_each_root_is_the_one_of_its_own_equation():
+    """Either alone must be right: the smaller of the two would hide that the other is too small."""
+    of, _, _ = digits()
+    ratio = of.hessian_lipschitz / of.weight_decay
+    for length in (1e-6 / ratio, 0.1 / ratio, 0.45 / ratio):
+        t = chord._lipschitz_root(length, of)
+        assert t == pytest.approx(length + ratio / 2 * t * t, rel=1e-9)
+        assert length < t < 1 / ratio, "the smaller of the two roots"
+    assert math.isinf(chord._lipschitz_root(0.6 / ratio, of))
+    rate = math.sqrt(2) * max(math.hypot(*row) for row in of.x.tolist())
+    for length, local in ((1e-9, 1e-9), (1e-3, 4e-3), (0.02, 0.05)):
+        t = chord._concordant_root(length, local, of)
+        psi = (math.exp(rate * t) - 1) / (rate * t) - 1
+        assert t == pytest.approx(length + psi / (1 - psi) * local, rel=1e-6)
+    assert math.isinf(chord._concordant_root(1.0, 100.0, of))
+
+
+def two_points(norm, decay):
+    """One row of two classes with one feature: everything about it has a closed form."""
+    x = torch.tensor([[norm]], dtype=torch.float64)
+    return HeadObjective(x, torch.tensor([0]), outputs=2, weight_decay=decay)
+
+
+@pytest.mark.parametrize("norm", [1.0, 30.0])
+def test_the_change_of_the_hessian_is_bounded_where_it_is_fastest(norm):
+    """Between two classes, along the line that trades one for the other, the concordant factor is nearly attained."""
+    of, decay = two_points(norm, 1e-9), 1e-9
+    way = torch.tensor([[1.0], [-1.0]], dtype=torch.float64) / math.sqrt(2)
+    far = way * (12 / norm)
+    here, there = (float(of.hessian(far + way * t)[0, 0]) - decay for t in (0.0, 1e-3 / norm))
+    rate = -math.log(there / here) / (1e-3 / norm)
+    most = math.sqrt(2) * float(of.norms.max())
+    assert 0.99 * most < rate <= most * (1 + 1e-6)

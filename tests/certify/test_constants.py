@@ -6,12 +6,14 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
+from expunge import Recipe
 from expunge.certify.accountant import Budget, charge
 from expunge.certify.constants import Derivation, derived, estimated, is_called, setting, supplied
 from expunge.certify.guarantee import GAUSSIAN_MU, gaussian_mu, guarantee_of, recheck
 from expunge.core.claim import Constant, Guarantee, Spent
 from expunge.core.errors import Misuse
 from expunge.core.events import ClippedModels, ClippedSteps, GaussianNoise, PrivateSteps, Release
+from expunge.learn.build import build
 
 CURVATURE = Derivation(
     name="curvature",
@@ -55,8 +57,8 @@ def constants(**other):
 
 def guarantee(**other):
     return guarantee_of(
-        nn.Linear(2, 2),
-        parameters=["weight", "bias"],
+        build(Recipe(model="softmax", model_args={"shape": [2], "outputs": 2})),
+        parameters=["head.weight", "head.bias"],
         constants=constants(**other),
         delta=1e-5,
         mechanism="one addition of noise",
@@ -316,7 +318,7 @@ def test_an_epsilon_at_a_share_of_the_budget_s_delta_is_compared_with_that_share
 
 
 def test_honest_transcripts_pass_alone_and_beside_their_releases():
-    once = GaussianNoise(parameters=("weight", "bias"), sensitivity=0.2, sigma=0.5)
+    once = GaussianNoise(parameters=("head.weight", "head.bias"), sensitivity=0.2, sigma=0.5)
     budget = Budget(epsilon=5.0, requests=9)
     for before in ((), (once, once)):
         honest = replace(guarantee(), transcript=charge(before, once, budget))
@@ -329,7 +331,7 @@ def test_honest_transcripts_pass_alone_and_beside_their_releases():
     assert recheck(honest, KNOWN, SETTINGS, (mixed, once)) == ()
 
 
-GIVEN = GaussianNoise(parameters=("weight", "bias"), sensitivity=0.2, sigma=0.5)
+GIVEN = GaussianNoise(parameters=("head.weight", "head.bias"), sensitivity=0.2, sigma=0.5)
 RELEASES = {
     "fewer than were made": ((GIVEN, GIVEN), {}, "said to be of 1 releases, and it is of 2"),
     "more than were made": ((GIVEN,), {"releases": 2}, "said to be of 2 releases, and it is of 1"),

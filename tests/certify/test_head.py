@@ -20,12 +20,13 @@ from expunge import (
     Retrain,
     Trained,
     Unsupported,
+    adopt,
     generator,
     train,
 )
 from expunge.certify import chord, head
 from expunge.certify.accountant import Budget
-from expunge.certify.features import features, places
+from expunge.certify.features import features
 from expunge.certify.head import NewtonHead
 from expunge.core.events import GaussianNoise, SecretKept
 from expunge.learn.build import build
@@ -193,11 +194,45 @@ def test_nothing_secret_is_written_to_disk(trained, tmp_path):
 
 def test_features_of_removed_rows_are_not_kept(trained):
     remove(trained, "row-003")
-    assert places(RECORDS.take(["row-003"])) is None
-    assert places(RECORDS.take(["row-004"])) is not None
     seen = features(trained.module, RECORDS.take(["row-004"]))
     assert len(seen.x) > 400, "the others are still remembered"
+    assert seen.places(RECORDS.take(["row-003"])) is None
     assert bool((seen.x[seen.keep][:, -1] == 1).all())
+
+
+def test_noise_is_added_before_rounding(trained, monkeypatch):
+    """A centre rounded first would lie elsewhere by more than a small cap."""
+    secret, target = None, torch.full((10, 65), 1 + 2.0**-25, dtype=torch.float64)
+
+    def drawn(shape):
+        part = target[:, :-1] if len(tuple(shape)) == 2 else target[:, -1]
+        w = secret[:, :-1] if len(tuple(shape)) == 2 else secret[:, -1]
+        return (part - w) / 0.01
+
+    secret = matrix(remove(trained, "row-000").trained.secret)
+    monkeypatch.setattr("expunge.certify.noise.secret_normal", drawn)
+    released = matrix(remove(trained, "row-000").trained.module.state_dict())
+    assert torch.equal(released, target.float().double())
+
+
+def test_a_second_release_of_the_same_head_must_be_paid_for(trained):
+    method = NewtonHead(budget=Budget(requests=1))
+    for model in (remove(trained, "row-000", method=method).trained, method.begin(trained, RECORDS)):
+        with pytest.raises(Misuse, match="nothing was removed from yet"):
+            method.begin(model, RECORDS.take(model.ids))
+
+
+def test_of_foreign_modules_nothing_is_proved(trained):
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    answer = remove(adopt(module, RECIPE, RECORDS), "row-000")
+    assert answer.guarantee.basis == "conditional"
+    assert "keeps nothing of rows outside its" in answer.guarantee.remarks[-1]
+
+
+def test_earlier_removals_without_a_claim_are_said_to_be_uncovered(trained):
+    tuned = FineTune(epochs=1)(trained, RECORDS, Request.remove(["row-000"]), rng=generator(0)).trained
+    assert "covered by nothing" in remove(tuned, "row-001").guarantee.remarks[-1]
+    assert remove(trained, "row-001").guarantee.remarks == ()
 
 
 def test_other_methods_forget_the_secret_state_and_keep_the_transcript(trained):

@@ -184,13 +184,14 @@ class HeadObjective:
         size = float(torch.linalg.vector_norm(w))
         mean, square = float(self.norms.mean()), float(self.norms.square().mean())
         if self.loss == "mse":
-            slope = 2 * (size * mean + float(self.y.abs().max()) * math.sqrt(self.outputs))
-            outputs = 2 * (_gamma(width) * size * square + 2 * UNIT * slope * mean)
+            largest = float((self.y if self._all else self.y[self.keep]).abs().max()) * math.sqrt(self.outputs)
+            sums = 2 * (size * square + largest * mean)  # mean of slope times norm, row by row
+            outputs = 2 * _gamma(width) * size * square + 2 * UNIT * sums
         else:
-            slope = math.sqrt(2)
+            sums = math.sqrt(2) * mean
             # softmax is 1/2-Lipschitz; its own exps, sum and division cost each entry about outputs + 16 roundings.
             outputs = 0.5 * _gamma(width) * size * square + (self.outputs + 16) * UNIT * math.sqrt(2) * mean
-        return (_gamma(n + 4) * slope * mean + outputs + 4 * UNIT * self.weight_decay * size) * _UP
+        return (_gamma(n + 4) * sums + outputs + 4 * UNIT * self.weight_decay * size) * _UP
 
     def product_error(self, w: Float[Tensor, "outputs width"], v: Float[Tensor, "outputs width"]) -> float:
         """A number that ``||product(w, v) - the true product||`` is at most."""

@@ -122,7 +122,7 @@ def _concordant_root(length: float, local: float, objective: HeadObjective) -> f
     for _ in range(60):
         t *= 1.05
         if excess(t) <= 0:
-            return float(brentq(excess, t / 1.05, t, rtol=1e-12)) * (1 + 1e-9)
+            return float(brentq(excess, t / 1.05, t, xtol=1e-300, rtol=1e-12)) * (1 + 1e-9)
     return math.inf
 
 
@@ -161,7 +161,7 @@ def solve(
     floor = 2 * objective.gradient_error(start) / objective.weight_decay
     if not cap > floor:
         raise Unsupported(
-            f"the cap of {cap:.3g} on the distance is below what float64 can vouch for on these rows, {floor:.3g}; "
+            f"the cap of {cap:.3g} on the distance is below what float64 can vouch for on these rows; "
             "raise sigma, the budget's epsilon or weight_decay, or use retrain"
         )
     w, fresh, refactored = start, False, False

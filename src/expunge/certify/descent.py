@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from expunge.certify.accountant import Budget, charge
 from expunge.certify.constants import Derivation, derived, setting
@@ -31,7 +31,7 @@ from expunge.certify.full_batch import (
 )
 from expunge.certify.full_batch import DERIVATIONS as SHARED
 from expunge.certify.guarantee import gaussian_mu, guarantee_of
-from expunge.certify.noise import add_noise
+from expunge.certify.noise import put_with_noise
 from expunge.core.claim import Claim, Constant
 from expunge.core.errors import Misuse, Unsupported
 from expunge.core.events import GaussianNoise
@@ -237,8 +237,7 @@ class DescentToDelete(Method):
         until = until_of(kept, "descent", self.keep_s) if kept else math.inf
         books = {"within": cap, "accelerated": self.accelerated, "until": until}
         secret = {**_cut(w), **{f".descent.{name}": number(value) for name, value in books.items()}}
-        _write(module, secret)
-        add_noise(module, names, self.sigma)
+        put_with_noise(module, {name: secret[name].double() for name in names}, self.sigma)
         releases = (*trained.releases, release)
         guarantee = guarantee_of(
             module,
@@ -282,12 +281,6 @@ class DescentToDelete(Method):
 
 def _cut(w: Tensor) -> dict[str, Tensor]:
     return {"head.weight": w[:, :-1].clone(), "head.bias": w[:, -1].clone()}
-
-
-def _write(module: nn.Module, values: State) -> None:
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(values[name])
 
 
 def _remarks(known: Mapping[str, Constant]) -> tuple[str, ...]:

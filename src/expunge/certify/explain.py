@@ -20,6 +20,8 @@ _NOT_SAID = (
     "Nothing about copies kept elsewhere: of the data, of older models, or of what was made with either.",
     "Nothing about comparing the model from before the removal with this one: who holds both may see what went. The "
     "pair leak tells how well (expunge.certify.leak).",
+    "Nothing of other releases made from the same earlier model, as of a request carried out twice: only those that led "
+    "to this model are counted.",
     "Not that the model tells nothing about the people removed: what it learnt from the others holds for whoever is "
     "like them.",
     "Nothing about the last bits of floating-point numbers: the proof is for true Gaussian noise, and a computer's is "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import RLock
 
 import torch
@@ -14,9 +14,22 @@ from expunge.core.digest import digest_tensors
 from expunge.core.errors import Unsupported
 from expunge.core.records import Records
 from expunge.learn.loop import prepare
-from expunge.learn.models import features_of, head_of
+from expunge.learn.models import Network, features_of, head_of
 
 _CHUNK = 2048
+
+
+@dataclass(eq=False)
+class _Known:
+    """Features of rows of one tensor.
+
+    `place` holds, for each row of the tensor, its place in `x`, or -1.
+    """
+
+    extractor: str
+    place: Tensor
+    x: Tensor
+    y: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,15 +45,17 @@ class Features:
     x: Float[Tensor, "n width"]
     y: Tensor
     keep: Tensor
+    _known: _Known | None = field(default=None, repr=False)
 
-
-@dataclass(eq=False)
-class _Known:
-    extractor: str
-    place: Tensor
-    """(rows of the tensor,) their place in `x`, or -1."""
-    x: Tensor
-    y: Tensor
+    def places(self, records: Records) -> Tensor | None:
+        """Where these rows, which may be others than were asked for, lie in `x`; None if they are not there."""
+        if self._known is None or records.streamed:
+            return None
+        rows, chosen = records.shared()
+        if _known.get(rows) is not self._known or bool((self._known.place[chosen] < 0).any()):
+            return None
+        found: Tensor = self._known.place[chosen]
+        return found
 
 
 # Keyed by the tensor that holds the rows, and gone with it. Nothing derived from a row outlives the row in memory.
@@ -51,9 +66,10 @@ in_use = RLock()
 
 
 def features(module: nn.Module, records: Records) -> Features:
-    """Features of these rows, computed once for all sets that read the same tensor.
+    """Features of these rows; of expunge's own networks computed once for all sets that read the same tensor.
 
-    Computed in the module's dtype, in evaluation mode, and held in float64: 8 (width + 1) bytes a row.
+    Computed in the module's dtype, in evaluation mode, and held in float64: 8 (width + 1) bytes a row. Those of other
+    modules are computed at each call: what they depend on beside their state cannot be seen from outside.
 
     Raises:
         Unsupported: for a head without bias, as its last column would not be a parameter.
@@ -61,7 +77,7 @@ def features(module: nn.Module, records: Records) -> Features:
     name, head = head_of(module)
     if head.bias is None:
         raise Unsupported(f'the head "{name or type(module).__name__}" has no bias; give it one')
-    if records.streamed:
+    if records.streamed or not isinstance(module, Network):
         x, y = _computed(module, records)
         return Features(x=x, y=y, keep=torch.ones(len(x), dtype=torch.bool, device=x.device))
     rows, chosen = records.shared()
@@ -74,29 +90,19 @@ def features(module: nn.Module, records: Records) -> Features:
         known = _known[rows] = _Known(extractor, place, x, y)
     keep = torch.zeros(len(known.x), dtype=torch.bool, device=known.x.device)
     keep[known.place[chosen].to(keep.device)] = True
-    return Features(x=known.x, y=known.y, keep=keep)
-
-
-def places(records: Records) -> Tensor | None:
-    """Where the rows of this set lie in what `features` gave last for this tensor; None if they are not there."""
-    if records.streamed:
-        return None
-    rows, chosen = records.shared()
-    known = _known.get(rows)
-    if known is None or bool((known.place[chosen] < 0).any()):
-        return None
-    found: Tensor = known.place[chosen]
-    return found
+    return Features(x=known.x, y=known.y, keep=keep, _known=known)
 
 
 def forget(records: Records) -> None:
     """Have no features of these rows from now on."""
-    found = places(records)
-    if found is not None:
-        rows, chosen = records.shared()
-        known = _known[rows]
-        known.x[found] = 0
-        known.place[chosen] = -1
+    if records.streamed:
+        return
+    rows, chosen = records.shared()
+    known = _known.get(rows)
+    if known is not None:
+        there = chosen[known.place[chosen] >= 0]
+        known.x[known.place[there]] = 0
+        known.place[there] = -1
 
 
 def _computed(module: nn.Module, records: Records) -> tuple[Tensor, Tensor]:
@@ -112,9 +118,7 @@ def _computed(module: nn.Module, records: Records) -> tuple[Tensor, Tensor]:
     return answer, torch.cat(labels)
 
 
-def _extractor(module: nn.Module) -> str:
-    """Digest of everything that features depend on: all of the module's state but its head's."""
-    name = head_of(module)[0]
-    prefix = f"{name}." if name else ""
-    mine = {f"{prefix}weight", f"{prefix}bias"}
-    return digest_tensors({key: tensor for key, tensor in module.state_dict().items() if key not in mine})
+def _extractor(module: Network) -> str:
+    """All that features depend on: the architecture, the dtype, and all of the state but the head's."""
+    state = {key: tensor for key, tensor in module.state_dict().items() if key not in ("head.weight", "head.bias")}
+    return f"{type(module).__name__} {module.body!r} {module.view} {module.head.weight.dtype} {digest_tensors(state)}"

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from expunge.certify import gaussian
-from expunge.certify.constants import Derivation, derived
+from expunge.certify.constants import Derivation, derived, supplied
 from expunge.certify.doubt import recheck
 from expunge.core.claim import Constant, Guarantee, Spent
 from expunge.core.errors import Misuse
+from expunge.learn.models import Network
 
 __all__ = ["GAUSSIAN_MU", "gaussian_mu", "guarantee_of", "recheck"]
 
@@ -61,7 +62,10 @@ def guarantee_of(
     strange = [name for name in covered if name not in state]
     if strange or not covered:
         raise Misuse(f"a guarantee covers parameters of {', '.join(state)}, got {', '.join(strange) or 'none'}")
-    mu = constants["mu"].value if "mu" in constants else None
+    mu, constants, remarks = constants["mu"].value if "mu" in constants else None, dict(constants), tuple(remarks)
+    if not isinstance(module, Network):
+        constants["module_keeps_rows_nowhere_else"] = supplied(1.0)
+        remarks += (_FOREIGN,)
     return Guarantee(
         epsilon=constants["epsilon"].value if mu is None else gaussian.epsilon_of(mu, delta),
         delta=delta,
@@ -72,11 +76,17 @@ def guarantee_of(
         reference=reference,
         parameters=covered,
         releases="current",
-        constants=dict(constants),
+        constants=constants,
         transcript=transcript,
         outside=tuple(name for name in state if name not in set(covered)),
-        remarks=tuple(remarks),
+        remarks=remarks,
     )
+
+
+_FOREIGN = (
+    "This is not one of expunge's own networks: whoever runs this vouches that it keeps nothing of rows outside its "
+    "parameters and buffers, in attributes for instance."
+)
 
 
 def gaussian_mu(constants: Mapping[str, Constant]) -> Constant:

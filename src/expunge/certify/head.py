@@ -15,9 +15,9 @@ from expunge.calculus.head import HeadObjective
 from expunge.certify.accountant import Budget, charge
 from expunge.certify.chord import Solved, solve
 from expunge.certify.constants import Derivation, derived, setting, supplied
-from expunge.certify.features import Features, features, forget, in_use, places
+from expunge.certify.features import Features, features, forget, in_use
 from expunge.certify.guarantee import GAUSSIAN_MU, gaussian_mu, guarantee_of
-from expunge.certify.noise import add_noise
+from expunge.certify.noise import put_with_noise
 from expunge.core.claim import Claim, Constant
 from expunge.core.errors import Misuse, Unsupported
 from expunge.core.events import GaussianNoise, SecretKept
@@ -120,9 +120,12 @@ class NewtonHead(Method):
         release = GaussianNoise(parameters=names, sensitivity=self.cap, sigma=self.sigma)
         spent = charge(trained.releases, release, self.budget)
         with in_use:
-            objective = _objective(trained, features(trained.module, task.retain))
-            solved = self._solved(trained, objective, places(task.forget), len(task.forget))
-            forget(task.forget)
+            try:
+                seen = features(trained.module, task.retain)
+                objective = _objective(trained, seen)
+                solved = self._solved(trained, objective, seen.places(task.forget), len(task.forget))
+            finally:
+                forget(task.forget)
         task.tally.rows_read += objective.count
         secret, event = self._kept(solved, trained.secret, names)
         _put(trained.module, solved.w, self.sigma)
@@ -147,11 +150,14 @@ class NewtonHead(Method):
 
         Raises:
             Unsupported: as `supports` says, or if the cap is out of reach.
-            Misuse: if the records are not those that the model stands on.
+            Misuse: if the records are not those that the model stands on, or rows were removed from it before: a
+                second release of the same head would have to be paid for.
         """
         problem = self.supports(trained)
         if problem is not None:
             raise problem
+        if trained.gone or trained.releases or trained.secret:
+            raise Misuse("begin is for a model that nothing was removed from yet; give it as it was trained")
         if frozenset(records.ids) != trained.ids:
             raise Misuse("give exactly the records that the model is trained on; select them with records.take(ids)")
         names, module = _names(trained.module), copy.deepcopy(trained.module)
@@ -261,11 +267,8 @@ def _matrix(state: State, names: tuple[str, str]) -> Tensor:
 
 def _put(module: nn.Module, w: Tensor, sigma: float) -> None:
     """Write W with noise into the head, in place."""
-    head = head_of(module)[1]
-    with torch.no_grad():
-        head.weight.copy_(w[:, :-1])
-        head.bias.copy_(w[:, -1])
-    add_noise(module, _names(module), sigma)
+    weight, bias = _names(module)
+    put_with_noise(module, {weight: w[:, :-1], bias: w[:, -1]}, sigma)
 
 
 def _problem_of_head(module: nn.Module) -> Unsupported | None:

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, get_args
 
-import torch
 from torch import Generator
 
 from expunge.certify.accountant import Budget, charge
@@ -23,7 +22,7 @@ from expunge.certify.newton_bound import (
     softmax_constants,
 )
 from expunge.certify.newton_step import NewtonStep, refuse_longer, started
-from expunge.certify.noise import add_noise
+from expunge.certify.noise import put_with_noise
 from expunge.core.claim import Claim, Constant, Guarantee, Spent
 from expunge.core.errors import Misuse, Unsupported
 from expunge.core.events import GaussianNoise
@@ -179,11 +178,7 @@ class NewtonUnlearning(Method):
         state = work.state_dict()
         secret = {name: state[name].clone() for name in names}
         module = trained.module
-        with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                if name in secret:
-                    parameter.copy_(secret[name])
-        add_noise(module, names, guarantee.sigma)
+        put_with_noise(module, {name: value.double() for name, value in secret.items()}, guarantee.sigma)
         releases = (*trained.releases, release)
         done = replace(trained, module=module, secret=secret, releases=releases)
         return Done(trained=done, guarantee=guarantee, events=(release,))

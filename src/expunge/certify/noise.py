@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -28,21 +28,32 @@ def secret_normal(shape: Iterable[int]) -> Tensor:
     return torch.from_numpy(values).reshape(shape)
 
 
-def add_noise(module: nn.Module, names: Iterable[str], sigma: float) -> None:
-    """Add N(0, sigma^2) to each entry of these parameters or buffers, in place: summed in float64, then rounded.
+def put_with_noise(module: nn.Module, values: Mapping[str, Tensor], sigma: float) -> None:
+    """Write values plus N(0, sigma^2) into these parameters or buffers, in place.
+
+    Summed in float64 and rounded once, after the noise, so that rounding is post-processing and moves no centre.
 
     Raises:
-        Misuse: without noise to add, or for a name that the module's state does not have or that is no float.
+        Misuse: without noise to add, for values of less than float64, or for a name that the module's state does not
+            have or that is no float.
     """
     if not 0 < sigma < math.inf:
         raise Misuse(f"sigma must be > 0 and finite, got {sigma}")
     state = module.state_dict()
-    chosen = list(names)
-    for name in chosen:
+    for name, value in values.items():
         if name not in state or not state[name].is_floating_point():
             raise Misuse(f'"{name}" takes no noise: the model has {", ".join(state)}')
+        if value.dtype is not torch.float64:
+            raise Misuse(f'"{name}" must be given in float64, so that it is rounded after the noise, got {value.dtype}')
     with torch.no_grad():
-        for name in chosen:
-            tensor = state[name]
-            noise = secret_normal(tensor.shape).to(tensor.device)
-            tensor.copy_(tensor.double() + sigma * noise)
+        for name, value in values.items():
+            state[name].copy_(value + sigma * secret_normal(value.shape).to(value.device))
+
+
+def add_noise(module: nn.Module, names: Iterable[str], sigma: float) -> None:
+    """Add N(0, sigma^2) to each entry of these parameters or buffers as they are, in place; see `put_with_noise`."""
+    state = module.state_dict()
+    put_with_noise(module, {name: state[name].double() if name in state else _NOTHING for name in names}, sigma)
+
+
+_NOTHING = torch.zeros(0, dtype=torch.float64)

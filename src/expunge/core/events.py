@@ -56,8 +56,8 @@ class SecretKept(Event):
 
     Attributes:
         what: what it is, for people.
-        requests_left: after so many more requests it is computed anew, without the rows removed by then.
-        until: Unix time in seconds after which nothing may use it and it must be computed anew.
+        requests_left: after at most so many more requests it is computed anew, without the rows removed by then.
+        until: Unix time in seconds after which, at the latest, nothing may use it and it must be computed anew.
     """
 
     what: str

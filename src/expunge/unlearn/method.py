@@ -146,7 +146,7 @@ class Method(ABC):
             trained=_booked_out(done.trained, trained, split, claim, _sense(self, trained)),
             claim=claim,
             exactness=_sense(self, trained) if claim is Claim.EXACT else None,
-            guarantee=done.guarantee,
+            guarantee=_with_history(done.guarantee, trained),
             cost=cost,
             events=events,
         )
@@ -181,6 +181,19 @@ class Method(ABC):
     def _booked(self, split: Split, claim: Claim) -> tuple[Event, ...]:
         removed = Removed(method=self.name, claim=claim.value, rows=len(split.forget))
         return (removed, Replaced(rows=len(split.added))) if split.added else (removed,)
+
+
+_UNCOVERED = (
+    "Rows that methods without a claim removed before are covered by nothing here: their models were given out without "
+    "noise, or without a bound."
+)
+
+
+def _with_history(guarantee: Guarantee | None, before: Trained) -> Guarantee | None:
+    """The guarantee, which says so if earlier removals are outside of it."""
+    if guarantee is None or not before.gone or before.standing is not Claim.NONE:
+        return guarantee
+    return replace(guarantee, remarks=(*guarantee.remarks, _UNCOVERED))
 
 
 def _sense(method: Method, before: Trained) -> Exactness | None:

@@ -53,7 +53,7 @@ class FallBack:
             raise Misuse("the fallback was trained on records that must go; declare one that was not")
         if self.model.ids - trained.ids:  # gone ones among them
             raise Misuse("the fallback was trained on records that the model does not stand on; declare another")
-        after = replace(self.model, gone=trained.gone | forget)
+        after = replace(self.model, gone=trained.gone | forget, releases=trained.releases)
         return Unlearned(
             trained=after,
             claim=Claim.NONE,
