@@ -146,7 +146,7 @@ def test_the_budget_is_refused_before_any_work(trained, monkeypatch):
     now = remove(trained, "row-000", method=method).trained
     now = remove(now, "row-001", method=method).trained
     monkeypatch.setattr(head, "features", lambda *_: pytest.fail("work was done"))
-    with pytest.raises(BudgetExhausted, match="2 were made, and one more"):
+    with pytest.raises(BudgetExhausted, match="2 were made, as many as were agreed on"):
         remove(now, "row-002", method=method)
 
 
@@ -190,6 +190,16 @@ def test_nothing_secret_is_written_to_disk(trained, tmp_path):
         for dtype in (torch.float32, torch.float64):
             first = np.ascontiguousarray(tensor.to(dtype).numpy()).tobytes()[: 4 * dtype.itemsize]
             assert first not in stored, name
+
+
+def test_a_budget_changed_on_the_way_and_a_large_delta_are_said(trained):
+    once = remove(trained, "row-000", method=NewtonHead(budget=Budget(epsilon=1.0, requests=2))).trained
+    later = remove(once, "row-001", method=NewtonHead(budget=Budget(epsilon=8.0, requests=50))).guarantee
+    assert "the budget was changed on the way" in later.remarks[-1]
+    kept = remove(once, "row-001", method=NewtonHead(budget=Budget(epsilon=1.0, requests=2))).guarantee
+    assert kept.remarks == ()
+    large = remove(trained, "row-000", method=NewtonHead(budget=Budget(delta=0.01))).guarantee
+    assert "worth little" in large.remarks[-1]
 
 
 def test_features_of_removed_rows_are_not_kept(trained):

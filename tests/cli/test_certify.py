@@ -99,9 +99,9 @@ def test_nothing_left_to_remove_keeps_the_guarantee_that_there_was(expunge, remo
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        (("--method", "retrain"), 2, '"retrain" is no certified method; these are: newton-head'),
+        (("--method", "retrain"), 2, '"retrain" is no certified method; these are: clipped-fine-tune'),
         (("--method", "magic"), 2, '"magic" is no certified method'),
-        (("--set", "budget=1,1e-5,5"), 2, "--set budget is given twice"),
+        (("--set", "budget=1,1e-5,5"), 2, "said by --epsilon, --delta and --requests"),
         (("--set", "sigma=0"), 2, "sigma must be > 0"),
         (("--set", "sigma=big"), 2, 'sigma must be a number, got "big"'),
         (("--set", "public_extractor=maybe"), 2, 'public_extractor must be true or false, got "maybe"'),
@@ -134,9 +134,10 @@ def test_an_explanation_of_a_folder_and_of_a_file(expunge, removed):
     said = expunge("certify", "explain", "n")
     assert (said.code, said.err) == (0, "")
     assert "WHAT IS GUARANTEED" in said.out
-    assert said.out.endswith("Computed again: all 7 constants hold.\n")
+    assert "Computed again: all 7 constants hold." in said.out
+    assert "None of them was computed again" not in said.out
     quiet = expunge("certify", "explain", "n/", "-q")
-    assert quiet.out == "Computed again: all 7 constants hold.\n"
+    assert quiet.out.startswith("Computed again: all 7 constants hold.")
     alone = expunge("certify", "explain", "n.guarantee.json", "--json")
     about = json.loads(alone.out)
     assert (alone.code, about["holds"], about["problems"]) == (0, True, [])

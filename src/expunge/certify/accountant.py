@@ -77,9 +77,10 @@ def charge(before: Sequence[Release], release: Release, budget: Budget) -> Spent
     fits = len(together) <= budget.requests
     epsilon = SharedAccountant(max(budget.requests, len(together))).epsilon(together, budget.delta)
     if not fits or epsilon > budget.epsilon * (1 + 1e-6):
+        over = f", and one more would come to epsilon {epsilon:.4g}" if fits else ", as many as were agreed on"
         raise BudgetExhausted(
             f"the budget (epsilon {budget.epsilon:g}, delta {budget.delta:g}) for {budget.requests} releases "
-            f"is spent: {len(before)} were made, and one more would come to epsilon {epsilon:.4g}; retrain (exact, "
+            f"is spent: {len(before)} were made{over}; retrain (exact, "
             f"spends nothing), collect requests into fewer releases, or agree on a new budget for a new transcript"
         )
     return Spent(

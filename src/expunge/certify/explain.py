@@ -15,13 +15,15 @@ from expunge.certify.derivations import DERIVATIONS
 from expunge.core.claim import Constant, Guarantee
 
 _WIDTH = 100
+NOT_COMPUTED = "None of them was computed again for this text; expunge.certify.recheck does that."
+
 _NAMED = 6
 _NOT_SAID = (
     "Nothing about copies kept elsewhere: of the data, of older models, or of what was made with either.",
     "Nothing about comparing the model from before the removal with this one: who holds both may see what went. The "
     "pair leak tells how well (expunge.certify.leak).",
-    "Nothing of other releases made from the same earlier model, as of a request carried out twice: only those that led "
-    "to this model are counted.",
+    "Nothing of other releases made from the same earlier model, as of a request carried out twice: only those that "
+    "led to this model are counted.",
     "Not that the model tells nothing about the people removed: what it learnt from the others holds for whoever is "
     "like them.",
     "Nothing about the last bits of floating-point numbers: the proof is for true Gaussian noise, and a computer's is "
@@ -53,7 +55,7 @@ def explain(
     page.points(_NOT_SAID)
     page.heading("Numbers that it rests on")
     page.rows(_constants(guarantee, derivations))
-    page.paragraphs(["None of them was computed again for this text; expunge.certify.recheck does that."])
+    page.paragraphs([NOT_COMPUTED])
     return page.text()
 
 
@@ -145,10 +147,10 @@ def _figures(guarantee: Guarantee) -> Iterator[str]:
 
 def _figure(mu: float | None, epsilon: float, delta: float, agreed: str = "") -> str:
     finds = [_percent(caught(alarms, mu=mu, epsilon=epsilon, delta=delta)) for alarms in (0.01, 0.1)]
-    how = "from epsilon and delta alone" if mu is None else f"exactly, by mu {_up(mu)}"
+    how = "from epsilon and delta alone" if mu is None else f"exactly, by mu {rounded_up(mu)}"
     return (
-        f"epsilon {_up(epsilon)}{agreed}, except with probability {_chance(delta)}. The best attacker finds at most "
-        f"{finds[0]} at 1 % false alarms, and at most {finds[1]} at 10 % ({how})."
+        f"epsilon {rounded_up(epsilon)}{agreed}, except with probability {_chance(delta)}. The best attacker finds at "
+        f"most {finds[0]} at 1 % false alarms, and at most {finds[1]} at 10 % ({how})."
     )
 
 
@@ -194,7 +196,7 @@ def _number(name: str, constant: Constant) -> str:
     given = constant.derivation.startswith(SETTING) or (constant.source == "supplied" and not constant.derivation)
     if given:
         return _given(constant.value)
-    return _up(constant.value) if name in STANDS_ON and name != "sigma" else _short(constant.value)
+    return rounded_up(constant.value) if name in STANDS_ON and name != "sigma" else _short(constant.value)
 
 
 def _given(value: float) -> str:
@@ -210,7 +212,7 @@ def _short(value: float, digits: int = 3) -> str:
     return re.sub(r"e([+-])0*", lambda found: "e" + found[1].strip("+"), f"{rounded:.{digits}g}")
 
 
-def _up(value: float) -> str:
+def rounded_up(value: float) -> str:
     """A bound, rounded up to three digits."""
     if not 0 < value < math.inf:
         return _short(value)
@@ -220,7 +222,7 @@ def _up(value: float) -> str:
 
 
 def _odds(epsilon: float) -> str:
-    return _up(math.exp(epsilon)) if epsilon < math.log(1e6) else "more than 1,000,000"
+    return rounded_up(math.exp(epsilon)) if epsilon < math.log(1e6) else "more than 1,000,000"
 
 
 def _percent(share: float) -> str:
@@ -238,7 +240,7 @@ def _chance(delta: float) -> str:
         return _short(delta)
     often = math.floor(1 / delta * (1 + 1e-9))
     unit = 10 ** max(0, len(str(often)) - 3)
-    return f"1 in {often // unit * unit:,}" if often < 1e9 else _up(delta)
+    return f"1 in {often // unit * unit:,}" if often < 1e9 else rounded_up(delta)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from expunge.certify.derivations import settings_of
+from expunge.certify.explain import NOT_COMPUTED, rounded_up
 from expunge.cli.certify_plan import Delta, Epsilon, Requests, plan, plot
 from expunge.cli.guarantees import Kept, rechecked, where_kept
 from expunge.cli.inputs import (
@@ -87,6 +88,8 @@ def remove(
     request = make_request(record, ids_file, owner, label)
     if method not in _CERTIFIED:
         raise Misuse(f'"{method}" is no certified method; these are: {", ".join(_CERTIFIED)}')
+    if any(text.partition("=")[0] == "budget" for text in setting or []):
+        raise Misuse("the budget is said by --epsilon, --delta and --requests here; leave --set budget out")
     budget = f"budget={epsilon!r},{delta!r},{requests}"
     chosen = named_method(method, [budget, *(setting or [])])
     trained = load_model(model, allow_code)
@@ -145,15 +148,15 @@ def _claim_lines(guarantee: Guarantee) -> list[str]:
     """The claim with its two figures, and what it does not cover."""
     lines = [
         f"certified, {guarantee.basis}: compared with {guarantee.reference}",
-        f"  this model alone     epsilon {guarantee.epsilon:.3g}, delta {guarantee.delta:.3g}",
+        f"  this model alone     epsilon {rounded_up(guarantee.epsilon)}, delta {guarantee.delta:.3g}",
     ]
     spent = guarantee.transcript
     if spent is None:
         lines.append("  all releases so far  not bounded")
     else:
         lines.append(
-            f"  all releases so far  epsilon {spent.epsilon:.3g} of {spent.budget_epsilon:g}, delta {spent.delta:.3g}: "
-            f"release {spent.releases} of {spent.budget_releases}"
+            f"  all releases so far  epsilon {rounded_up(spent.epsilon)} of {spent.budget_epsilon:g}, "
+            f"delta {spent.delta:.3g}: release {spent.releases} of {spent.budget_releases}"
         )
     if guarantee.outside:
         lines.append(f"Outside: {', '.join(guarantee.outside)}.")
@@ -186,10 +189,13 @@ def explain(
     if problems:
         told = "\n".join(["Computed again, and it does NOT hold:", *(f"- {problem}" for problem in problems)])
     else:
-        told = f"Computed again: all {len(kept.guarantee.constants)} constants hold."
+        told = (
+            f"Computed again: all {len(kept.guarantee.constants)} constants hold. Its words (what made it, what it is "
+            "compared with) cannot be computed."
+        )
         if trained is None:
             told += " Which model it is of was not looked at: give the model's folder for that."
-    say(as_json, about, told if quiet else f"{text.rstrip()}\n\n{told}")
+    say(as_json, about, told if quiet else f"{text.replace(NOT_COMPUTED, '').rstrip()}\n\n{told}")
     return 1 if problems else 0
 
 

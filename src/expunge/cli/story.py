@@ -19,7 +19,8 @@ from expunge.report import Report, print_grid, write
 
 def demo(
     chapter: Annotated[
-        str | None, typer.Argument(help="Tell one chapter at length: train, requests, unlearn, certificate or sweep.")
+        str | None,
+        typer.Argument(help="Tell one chapter at length: train, requests, unlearn, certify, certificate or sweep."),
     ] = None,
     workspace: Annotated[Path, typer.Option(help="Folder for report, workspace and certificates.")] = Path(
         "build/demo"

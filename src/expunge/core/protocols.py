@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -80,7 +81,8 @@ class Unlearned:
         claim = f"{self.claim.value} ({self.exactness})" if self.exactness else self.claim.value
         guarantee = self.guarantee
         if self.claim is Claim.CERTIFIED and guarantee is not None:  # what it cost depends on the removed rows
-            figures = f"epsilon {guarantee.epsilon:.3g}, delta {guarantee.delta:g}, basis {guarantee.basis}"
+            epsilon = math.ceil(guarantee.epsilon * 1000) / 1000  # a bound is never rounded down
+            figures = f"epsilon {epsilon:g}, delta {guarantee.delta:g}, basis {guarantee.basis}"
             return f"{claim} · {figures} · {self.claim.caveat()}"
         return f"{claim} · {self.cost} · {self.claim.caveat(self.exactness)}"
 

@@ -146,7 +146,7 @@ class Method(ABC):
             trained=_booked_out(done.trained, trained, split, claim, _sense(self, trained)),
             claim=claim,
             exactness=_sense(self, trained) if claim is Claim.EXACT else None,
-            guarantee=_with_history(done.guarantee, trained),
+            guarantee=_with_history(done, trained, len(split.retain)),
             cost=cost,
             events=events,
         )
@@ -189,11 +189,27 @@ _UNCOVERED = (
 )
 
 
-def _with_history(guarantee: Guarantee | None, before: Trained) -> Guarantee | None:
-    """The guarantee, which says so if earlier removals are outside of it."""
-    if guarantee is None or not before.gone or before.standing is not Claim.NONE:
-        return guarantee
-    return replace(guarantee, remarks=(*guarantee.remarks, _UNCOVERED))
+_OTHER_BUDGET = (
+    "Earlier releases had other noise or another cap: the budget was changed on the way, so that the one named here is "
+    "not what was agreed on at first."
+)
+_LARGE_DELTA = (
+    "Delta is not below one in the number of rows: so large a delta would allow giving whole rows away, and the "
+    "guarantee is worth little."
+)
+
+
+def _with_history(done: Done, before: Trained, rows: int) -> Guarantee | None:
+    """The guarantee, with remarks about what the model's history and size make of it."""
+    guarantee = done.guarantee
+    if guarantee is None:
+        return None
+    told = {
+        _UNCOVERED: bool(before.gone) and before.standing is Claim.NONE,
+        _OTHER_BUDGET: len({replace(release, parameters=()) for release in done.trained.releases}) > 1,
+        _LARGE_DELTA: guarantee.delta * rows >= 1,
+    }
+    return replace(guarantee, remarks=(*guarantee.remarks, *(why for why, so in told.items() if so)))
 
 
 def _sense(method: Method, before: Trained) -> Exactness | None:
