@@ -6,16 +6,16 @@
     python benchmarks/certify.py --page              # measure nothing, write docs/certified.md from what was measured
 
 Streams: softmax regression on all pixels or columns; rows leave one by one, all 500 releases together at epsilon 1,
-delta 1e-5. After each removal the distance to an optimum found by autograd is measured: `valid_share` is the share
-within the cap. Retraining is by scikit-learn, cold and from the optimum before, until its gradient is as small as the
-cap asks for; the quicker of its solvers counts. A provider with a wrong constant runs beside (`planted_valid_share`).
+delta 1e-5. After each removal its distance is checked by autograd: `valid_share` is the share within the cap.
+Retraining is by scikit-learn, cold and from the weights before, until its gradient is as small as the cap asks for; the
+quicker of its solvers counts. A provider with a wrong constant runs beside (`planted_valid_share`).
 
 With ``--quick``: 10,000 rows of MNIST, 20 removals, lbfgs alone (newton-cholesky is slower by far there), 200
 columns of Hessian products scaled to 7,850. Its last line is one JSON:
 
     accuracy_gap_points      test accuracy of exact retraining less that of the noised release, mean of 20 draws
     request_speedup_cold     scikit-learn from zero / one removal, booking and noise included
-    request_speedup_warm     scikit-learn from the optimum before / one removal
+    request_speedup_warm     scikit-learn from the weights before / one removal
     valid_share              share of removals within the cap; planted_valid_share: with the wrong constant
     hessian_speedup_single   Hessian-vector products one at a time / blocked Hessian, softmax, d 7,850, 10,000 rows
     hessian_speedup_batched  the same products, many at a time / blocked Hessian
