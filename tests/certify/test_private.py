@@ -140,7 +140,7 @@ def test_each_row_is_clipped_for_itself(name: str, clip: float) -> None:
 def test_no_row_moves_the_sum_by_more_than_the_clip_even_if_a_module_mixes_rows(alone: bool, safe: bool) -> None:
     module = Mixing().eval()
     run, objective = descent(module), Objective(module, row_losses(RECIPE))
-    x, y = digits().records.x[:12].reshape(12, -1), digits().records.y[:12]
+    x, y = digits().records.x[:12].reshape(12, -1).clone(), digits().records.y[:12]
     x[0] *= 100
 
     def mixed(a: Tensor, b: Tensor) -> Pieces:
