@@ -80,7 +80,7 @@ def part(name: str) -> Any:
 def quick() -> dict[str, float]:
     """A sample of everything."""
     ready = prepare(Setting("mnist", rows=10_000), BUDGET)
-    found = stream(ready, 20, compare=1, solvers=("lbfgs",), ladder=(0.1, 0.03, 0.01), solve_every=1, report=print)
+    found = stream(ready, 20, compare=1, solvers=("lbfgs",), ladder=(0.03, 0.01), solve_every=1, report=print)
     products = hessian(columns=200)
     keys = ("accuracy_gap_points", "request_speedup_cold", "request_speedup_warm", "valid_share", "bound_over_distance")
     return {
