@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from expunge.calculus import Objective, lissa
+from expunge.calculus.head import softmax_hessian_lipschitz
 from expunge.certify import gaussian
 from expunge.certify.accountant import Budget
 from expunge.certify.guarantee import GAUSSIAN_MU, recheck
 from expunge.certify.newton import DERIVATIONS, NewtonUnlearning
-from expunge.certify.newton_bound import Smoothness, softmax_hessian_lipschitz, zhang_bound
+from expunge.certify.newton_bound import Smoothness, zhang_bound
 from expunge.certify.newton_step import NewtonStep, estimate_smoothness, lanczos
 from expunge.core.claim import Claim, Constant, Guarantee
 from expunge.core.coins import generator

@@ -207,9 +207,13 @@ _UP = 1 + 1e-6
 """Covers the rounding of the bounds themselves: sums of at most some millions of positive numbers."""
 
 
+SOFTMAX_THIRD = math.sqrt(2 / 27)
+"""Largest third derivative of log-sum-exp along a unit direction; the proof is at `HeadObjective.hessian_lipschitz`."""
+
+
 def softmax_hessian_lipschitz(radius: float) -> float:
     """How fast the Hessian of one row's cross-entropy changes: ``sqrt(2 / 27) radius^3``, features of norm `radius`."""
-    return math.sqrt(2 / 27) * radius**3
+    return SOFTMAX_THIRD * radius**3
 
 
 def _gamma(n: int) -> float:

@@ -18,8 +18,9 @@ import math
 
 from scipy.stats import chi
 
+from expunge.calculus.head import SOFTMAX_THIRD
 from expunge.certify.constants import Derivation
-from expunge.certify.newton_bound import RADIUS, SOFTMAX_THIRD
+from expunge.certify.newton_bound import RADIUS
 
 
 def paper_epsilon(residual: float, sigma: float, delta: float) -> float:

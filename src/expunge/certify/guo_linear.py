@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from expunge.calculus import conjugate_gradients
-from expunge.certify.newton_bound import SOFTMAX_THIRD
+from expunge.calculus.head import SOFTMAX_THIRD
 from expunge.core.errors import Misuse
 from expunge.core.records import Records
 from expunge.learn.loop import prepare

@@ -55,8 +55,8 @@ class NewtonHead(Method):
     The distance is absolute: it says the same whatever the model was before, for one row or many, and after any number
     of requests; the transcript of all releases spends the budget.
 
-    Cost: a request, one or two passes over the rows' features and two triangular solves, .2 s for 60,000 rows of 785 on
-    two cores. The first, and one in `refactor_after`, a Hessian and its factor.
+    Cost: a request, one or two passes over the rows' features and two triangular solves: with the booking .4 s for
+    60,000 rows of 785 on one thread. The first, and one in `refactor_after`, a Hessian and its factor.
     Source: noise fixed beforehand as in Guo, Goldstein, Hannun and van der Maaten (2020); releases composed as in Dong,
     Roth and Su (2022); the bounds are derived in `chord.py`.
 

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from expunge.calculus.head import softmax_hessian_lipschitz
 from expunge.certify import gaussian
 from expunge.certify.constants import Derivation, derived, estimated, setting, supplied
 from expunge.core.claim import Constant
 from expunge.core.errors import Misuse
 
 Solver = Literal["exact", "cg", "lissa"]
-SOFTMAX_THIRD = math.sqrt(2 / 27)
-"""Largest third derivative of log-sum-exp along any unit direction of its inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,19 +120,6 @@ BOUNDS: Mapping[Solver, Derivation] = {
         compute=lambda *step: zhang_bound(*step[:5], gradient_lipschitz=step[5], dimension=step[6], rho=step[7]),
     ),
 }
-
-
-def softmax_hessian_lipschitz(radius: float) -> float:
-    r"""How fast the Hessian of the mean softmax cross-entropy of rows of norm at most `radius` can change.
-
-    :math:`\sqrt{2/27} R^3`. Proof: along a unit direction V of the weights, the third derivative of a row's loss is the
-    third central moment of :math:`u_j = (Vx)_j` under the predicted probabilities. u has a norm of at most R, so that
-    its largest and smallest entry differ by at most :math:`\sqrt 2 R`. Of all variables of one mean in an interval of
-    length r, one on two points has the largest third central moment, as that is linear in the distribution:
-    :math:`r^3 p(1-p)(1-2p) \le r^3 / (6\sqrt 3)`. A symmetric trilinear form takes its norm on the diagonal (Banach,
-    1938), so that this bounds the operator norm of the Hessian's derivative. A mean of such is no larger.
-    """
-    return SOFTMAX_THIRD * radius**3
 
 
 def interior(max_norm: float, weight_decay: float, classes: float) -> float:
