@@ -558,3 +558,24 @@ def test_an_error_never_shows_what_was_asked(database_url):
         ledger.requests.submit(Submission(model="m", kind="remove", body=b"my name is Nobody", key="b"))
     assert "Nobody" not in str(raised.value)
     ledger.close()
+
+
+def test_a_new_file_that_another_process_reads_is_waited_for(tmp_path, monkeypatch):
+    reader = sqlite3.connect(tmp_path / "new.db", isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM sqlite_master").fetchall()
+    monkeypatch.setattr("expunge.ledger.database.time.sleep", lambda _: reader.execute("COMMIT"))
+    ledger = kit.opened(f"sqlite:///{tmp_path}/new.db")
+    assert reader.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert not reader.in_transaction
+    ledger.close()
+    reader.close()
+
+
+def test_a_new_file_that_is_never_let_go_is_refused_in_the_end(tmp_path):
+    reader = sqlite3.connect(tmp_path / "new.db", isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM sqlite_master").fetchall()
+    with pytest.raises(Unwritable, match="locked"):
+        kit.opened(f"sqlite:///{tmp_path}/new.db?timeout=0.05")
+    reader.close()

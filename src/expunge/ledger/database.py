@@ -214,7 +214,24 @@ def _for_driver(statement: str, on_sqlite: bool) -> str:
     return statement if on_sqlite else re.sub(r":(\w+)", r"%(\1)s", statement)
 
 
-_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "temp_store=MEMORY")
+_PRAGMAS = ("synchronous=FULL", "secure_delete=ON", "temp_store=MEMORY")
+
+
+def _log_ahead(raw: Any, patience_s: float) -> None:
+    """Have the file keep a write-ahead log: its mode for good, once somebody has said so.
+
+    SQLite does not wait for a lock here, whatever its timeout: of several processes that open a new file at once all
+    but one would be told that it is locked.
+    """
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            raw.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
 
 
 def _sqlite(url: sa.URL) -> Engine:
@@ -227,12 +244,14 @@ def _sqlite(url: sa.URL) -> Engine:
         except OSError as error:
             raise Unwritable(f"the folder {folder} of the ledger could not be made ({error}); mend it") from None
         _make_private(Path(url.database))
-    waits = {} if "timeout" in url.query else {"timeout": 30}
-    engine = sa.create_engine(url, connect_args=waits, hide_parameters=True)
+    asked = url.query.get("timeout", 30)
+    patience_s = float(asked if isinstance(asked, str | int) else asked[0])
+    engine = sa.create_engine(url, connect_args={"timeout": patience_s}, hide_parameters=True)
 
     @sa.event.listens_for(engine, "connect")
     def _prepare(raw: Any, _: object) -> None:
         raw.isolation_level = None  # the driver's own BEGIN comes too late and lets two writers deadlock
+        _log_ahead(raw, patience_s)
         for pragma in _PRAGMAS:
             raw.execute(f"PRAGMA {pragma}")
 
