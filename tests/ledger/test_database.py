@@ -565,10 +565,11 @@ def test_a_new_file_that_another_process_reads_is_waited_for(tmp_path, monkeypat
     reader.execute("BEGIN")
     reader.execute("SELECT * FROM sqlite_master").fetchall()
     monkeypatch.setattr("expunge.ledger.database.time.sleep", lambda _: reader.execute("COMMIT"))
-    ledger = kit.opened(f"sqlite:///{tmp_path}/new.db")
-    assert reader.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    impatient = sqlite3.connect(tmp_path / "new.db", isolation_level=None, timeout=0)
+    database._log_ahead(impatient, 30.0)
     assert not reader.in_transaction
-    ledger.close()
+    assert reader.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    impatient.close()
     reader.close()
 
 
