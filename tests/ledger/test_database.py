@@ -568,7 +568,7 @@ def test_a_new_file_that_another_process_reads_is_waited_for(tmp_path, monkeypat
     impatient = sqlite3.connect(tmp_path / "new.db", isolation_level=None, timeout=0)
     database._log_ahead(impatient, 30.0)
     assert not reader.in_transaction
-    assert reader.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert impatient.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     impatient.close()
     reader.close()
 
