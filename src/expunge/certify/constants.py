@@ -11,6 +11,7 @@ from expunge.core.claim import Constant
 from expunge.core.errors import Misuse
 
 SETTING = "setting "
+CHECKED = "checked "
 STANDS_ON = ("mu", "epsilon", "sensitivity", "sigma")
 """Constants that a guarantee stands on: no formula gives them that does not say so."""
 _GIVES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -63,6 +64,29 @@ class Derivation:
         """Whether a constant of this name may come from this formula."""
         known = self.gives or _GIVES.get(self.name, ())
         return name in known if known else name not in STANDS_ON
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """A count of what must not be, made on rows by the method itself while it makes the guarantee; it must be zero.
+
+    No flag sets it: a method that counts anything else refuses. It is `proved` for whoever runs the method, and from
+    the guarantee alone it cannot be computed again; who holds the rows can count again (`recheck`, `counted`).
+
+    Attributes:
+        name: how a `Constant` names it; one name, one count, for ever.
+        says: for people, what is counted.
+        gives: name of the one constant that it gives.
+    """
+
+    name: str
+    says: str
+    gives: str
+
+
+def checked(check: Check) -> Constant:
+    """That the count was made, and is zero: only for the code that made it just now."""
+    return Constant(0.0, "proved", CHECKED + check.name)
 
 
 def setting(value: float, where: str) -> Constant:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from expunge.certify import gaussian
+from expunge.certify.before_head import CHECKS
 from expunge.certify.composition import SharedAccountant, mu_of_release
-from expunge.certify.constants import SETTING, STANDS_ON, Derivation, derived, is_called
+from expunge.certify.constants import CHECKED, SETTING, STANDS_ON, Derivation, derived, is_called
 from expunge.core.claim import Constant, Guarantee, Spent
 from expunge.core.errors import ExpungeError
 from expunge.core.events import Release
@@ -23,11 +24,14 @@ def recheck(
     derivations: Mapping[str, Derivation],
     settings: Mapping[str, float] | None = None,
     releases: Sequence[Release] | None = None,
+    *,
+    counted: Mapping[str, float] | None = None,
 ) -> tuple[str, ...]:
     """What does not hold of a guarantee, computed again from its constants alone; empty if all does.
 
     Not checked: that noise was added, that nothing else was given out, and that the formulas are those of the method
-    that was run, unless `derivations` holds that method's only.
+    that was run, unless `derivations` holds that method's only. Nor, without `counted`, what was counted on rows (as
+    that none is one of an extractor's): whoever wrote the guarantee is believed that the count was made.
 
     Args:
         guarantee: by whomever it was made.
@@ -36,11 +40,13 @@ def recheck(
             not compared.
         releases: all of the model so far, this guarantee's last (`Trained.releases`), from which its transcript is
             computed again; None: the transcript is compared with itself and the guarantee only.
+        counted: what was counted on rows, counted again (`DisjointExtractor.counted`); None: not counted again.
     """
     problems = _circles(guarantee.constants, derivations)
     for name, constant in guarantee.constants.items():
         problems += _origin(name, constant, derivations)
         problems += _value(name, constant, guarantee.constants, derivations, settings)
+        problems += _count(name, constant, counted)
     for name in ("sigma", "sensitivity", "mu"):
         value, known = getattr(guarantee, name), guarantee.constants.get(name)
         if value is not None and (known is None or not _same(known.value, value)):
@@ -49,7 +55,7 @@ def recheck(
         problems.append("it covers no parameters")
     if not guarantee.sigma < math.inf:
         problems.append(f"sigma is said to be {guarantee.sigma:.6g}, and nobody adds such noise")
-    problems += _figure(guarantee, derivations)
+    problems += _figure(guarantee, derivations) + _outside(guarantee)
     return (*problems, *_transcript(guarantee, settings or {}, releases))
 
 
@@ -72,6 +78,9 @@ def _origin(name: str, constant: Constant, derivations: Mapping[str, Derivation]
             return [f"{name} is called the setting {where}, and only a formula can give it"]
         fits = where == f"method.{name}" if name in STANDS_ON else is_called(name, where)
         return [] if fits else [f"{name} is called the setting {where}, which is another constant's"]
+    if source.startswith(CHECKED):
+        fits = any((source, name) == (CHECKED + check.name, check.gives) for check in CHECKS)
+        return [] if fits else [f"{name} is called {source}, which is no count that gives it"]
     if source:
         derivation = derivations.get(source)
         fits = derivation is None or derivation.may_give(name)
@@ -94,6 +103,8 @@ def _value(
         if settings is None or (where in settings and _same(settings[where], constant.value)):
             return []
         return [f"{name} is called the setting {where}, which is {settings.get(where, 'not there')}"]
+    if constant.derivation.startswith(CHECKED):
+        return []
     if constant.source != "proved" and not constant.derivation:
         return [f"{name} is no number"] if math.isnan(constant.value) else []
     derivation = derivations.get(constant.derivation)
@@ -107,6 +118,25 @@ def _value(
     if not _same(again.value, constant.value):
         return [f"{name} is {constant.value:.6g}, and {derivation.name} gives {again.value:.6g}"]
     return []
+
+
+def _count(name: str, constant: Constant, counted: Mapping[str, float] | None) -> list[str]:
+    """Whether what was counted on rows is zero, and is so again."""
+    if not constant.derivation.startswith(CHECKED):
+        return []
+    problems = [] if constant.value == 0 else [f"{name} is said to be {constant.value:.6g}, and it must be 0"]
+    found = constant.value if counted is None else counted.get(name, math.nan)
+    if found != constant.value:
+        problems.append(f"{name} is said to be {constant.value:.6g}, and counted again it is {found:.6g}")
+    return problems
+
+
+def _outside(guarantee: Guarantee) -> list[str]:
+    """Whether a proved guarantee says what was made sure of what it gives out without noise."""
+    missing = [check.gives for check in CHECKS if check.gives not in guarantee.constants]
+    if guarantee.basis != "proved" or not guarantee.outside or not missing:
+        return []
+    return [f"{guarantee.outside[0]} is given out without noise, and there is no {missing[0]}: it cannot be proved"]
 
 
 def _figure(guarantee: Guarantee, derivations: Mapping[str, Derivation]) -> list[str]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from scipy.special import ndtr, ndtri
 
-from expunge.certify.constants import SETTING, STANDS_ON, Derivation
+from expunge.certify.before_head import CHECKS, counts, of_other_rows
+from expunge.certify.constants import CHECKED, SETTING, STANDS_ON, Derivation
 from expunge.certify.derivations import DERIVATIONS
 from expunge.core.claim import Constant, Guarantee
 
@@ -81,7 +82,8 @@ def _claim(guarantee: Guarantee) -> Iterator[str]:
                 "VACUOUS: what follows is so by the noise alone. No unlearning is needed for it, and it is no sign "
                 "that any was done well; see the remarks."
             )
-        seen = "the covered part of this model" if guarantee.outside else "this model"
+        partly = guarantee.outside and not of_other_rows(guarantee)
+        seen = "the covered part of this model" if partly else "this model"
         yield (
             f"{_condition(guarantee)} sees {seen} can tell it from one that never saw the removed rows with odds of at "
             f"most e^epsilon = {_odds(guarantee.epsilon)} to 1, where they were even before, except with probability "
@@ -105,7 +107,9 @@ def _vacuous(guarantee: Guarantee) -> bool:
 
 def _basis(guarantee: Guarantee) -> str:
     if guarantee.basis == "proved":
-        return "Basis: proved. Every number below was set beforehand, or follows from such numbers by a formula."
+        counted = ", but for what was counted on the rows themselves, which only who holds them can count again"
+        said = "Basis: proved. Every number below was set beforehand, or follows from such numbers by a formula"
+        return f"{said}{counted if counts(guarantee) else ''}."
     if guarantee.basis == "conditional":
         told = _bare(guarantee, "supplied")
         return f"Basis: conditional. Somebody vouches for {told}; nobody has proved it."
@@ -160,7 +164,9 @@ def _alone(guarantee: Guarantee, alarms: float) -> float:
 
 def _scope(guarantee: Guarantee) -> Iterator[str]:
     yield f"Covered: {_listed(guarantee.parameters)}."
-    if guarantee.outside:
+    if guarantee.outside and of_other_rows(guarantee):
+        yield f"Given out without noise, as it was made of other rows: {_listed(guarantee.outside)}."
+    elif guarantee.outside:
         yield f"NOT covered, and given out as well: {_listed(guarantee.outside)}."
     else:
         yield "Nothing of the model is left out."
@@ -187,6 +193,9 @@ def _origin(constant: Constant, derivations: Mapping[str, Derivation]) -> str:
     known = derivations.get(constant.derivation)
     if known is not None:
         return f"{constant.source}: {known.formula} ({known.name})"
+    count = next((check for check in CHECKS if constant.derivation == CHECKED + check.name), None)
+    if count is not None:
+        return f"{constant.source}: {count.says}; counted when this was made ({count.name})"
     unknown = "" if constant.derivation.startswith(SETTING) else ", which is no formula that is known here"
     return f"{constant.source}: {constant.derivation}{unknown}"
 

@@ -13,8 +13,10 @@ from torch import Generator, Tensor, nn
 
 from expunge.calculus.head import HeadObjective
 from expunge.certify.accountant import Budget, charge
+from expunge.certify.before_head import Said, vouched
 from expunge.certify.chord import Solved, solve
-from expunge.certify.constants import Derivation, derived, setting, supplied
+from expunge.certify.constants import Derivation, derived, setting
+from expunge.certify.disjoint import DisjointExtractor
 from expunge.certify.features import Features, features, forget, in_use
 from expunge.certify.guarantee import GAUSSIAN_MU, gaussian_mu, guarantee_of
 from expunge.certify.noise import put_with_noise
@@ -66,6 +68,8 @@ class NewtonHead(Method):
         refactor_after: requests for which a factor, which removed rows had a part in, is used before it is made anew.
         refactor_within_s: seconds after which it is never used again, and made anew at the next request.
         public_extractor: you vouch that all that comes before the head was made without these rows.
+        extractor: what comes before the head, with the rows that it was trained on: that they are others is found at
+            each request (see `DisjointExtractor`), and nobody needs to vouch for it.
     """
 
     claim: ClassVar[Claim] = Claim.CERTIFIED
@@ -79,6 +83,7 @@ class NewtonHead(Method):
     refactor_after: int = 1000
     refactor_within_s: float = 30 * 86_400.0
     public_extractor: bool = False
+    extractor: DisjointExtractor | None = None
 
     def __post_init__(self) -> None:
         checks = [
@@ -86,6 +91,14 @@ class NewtonHead(Method):
             (isinstance(self.budget, Budget), f"budget must be a Budget, got {self.budget!r}"),
             (self.refactor_after >= 0, f"refactor_after must be >= 0, got {self.refactor_after}"),
             (self.refactor_within_s >= 0, f"refactor_within_s must be >= 0, got {self.refactor_within_s}"),
+            (
+                self.extractor is None or isinstance(self.extractor, DisjointExtractor),
+                f"extractor must be a DisjointExtractor, got {self.extractor!r}",
+            ),
+            (
+                self.extractor is None or not self.public_extractor,
+                "an extractor whose rows are compared needs nobody to vouch for it; leave public_extractor out",
+            ),
         ]
         for fine, message in checks:
             if not fine:
@@ -119,6 +132,7 @@ class NewtonHead(Method):
         trained, names = task.trained, _names(task.trained.module)
         release = GaussianNoise(parameters=names, sensitivity=self.cap, sigma=self.sigma)
         spent = charge(trained.releases, release, self.budget)
+        said = self._examined(trained, task.retain, task.forget)
         with in_use:
             try:
                 seen = features(trained.module, task.retain)
@@ -128,16 +142,18 @@ class NewtonHead(Method):
                 forget(task.forget)
         task.tally.rows_read += objective.count
         secret, event = self._kept(solved, trained.secret, names)
+        if self.extractor is not None:
+            secret |= self.extractor.marked(trained, trained.gone | frozenset(task.forget.ids))
         _put(trained.module, solved.w, self.sigma)
         guarantee = guarantee_of(
             trained.module,
             parameters=names,
-            constants=self._constants(trained),
+            constants={**self._constants(trained), **said.constants},
             delta=self.budget.delta,
             mechanism="Gaussian noise on the head, from a cryptographic generator",
             reference="the head that minimises the same objective on the remaining rows, with the same noise",
             transcript=spent,
-            remarks=self._remarks(trained),
+            remarks=said.remarks,
         )
         after = replace(trained, secret=secret, releases=(*trained.releases, release))
         return Done(trained=after, guarantee=guarantee, events=(release, event))
@@ -160,6 +176,7 @@ class NewtonHead(Method):
             raise Misuse("begin is for a model that nothing was removed from yet; give it as it was trained")
         if frozenset(records.ids) != trained.ids:
             raise Misuse("give exactly the records that the model is trained on; select them with records.take(ids)")
+        self._examined(trained, records)
         names, module = _names(trained.module), copy.deepcopy(trained.module)
         with in_use:
             objective = _objective(trained, features(module, records))
@@ -189,7 +206,7 @@ class NewtonHead(Method):
         fresh = requests < self.refactor_after and 0 <= time.time() - made < self.refactor_within_s
         return secret.get(_FACTOR) if fresh else None
 
-    def _kept(self, solved: Solved, before: State, names: tuple[str, str]) -> tuple[State, SecretKept]:
+    def _kept(self, solved: Solved, before: State, names: tuple[str, str]) -> tuple[dict[str, Tensor], SecretKept]:
         made, requests = (time.time(), 0.0) if solved.refactored or _MADE not in before else before[_MADE].tolist()
         kept = {
             names[0]: solved.w[:, :-1],
@@ -207,6 +224,12 @@ class NewtonHead(Method):
         )
         return kept, event
 
+    def _examined(self, trained: Trained, *parts: Records) -> Said:
+        """What is said of what comes before the head: found by comparing, or told."""
+        if self.extractor is None:
+            return vouched(trained.module, self.public_extractor)
+        return self.extractor.examine(trained, *parts)
+
     def _constants(self, trained: Trained) -> dict[str, Constant]:
         constants = {
             "sigma": setting(self.sigma, "method.sigma"),
@@ -217,25 +240,7 @@ class NewtonHead(Method):
         }
         constants["sensitivity"] = derived(CAP, constants)
         constants["mu"] = gaussian_mu(constants)
-        if _outside(trained.module):
-            constants["extractor_made_without_these_rows" if self.public_extractor else "extractor_taken_as_given"] = (
-                supplied(1.0)
-            )
         return constants
-
-    def _remarks(self, trained: Trained) -> tuple[str, ...]:
-        outside = _outside(trained.module)
-        if not outside:
-            return ()
-        named = f"{outside[0]} and {len(outside) - 1} more" if len(outside) > 1 else outside[0]
-        if self.public_extractor:
-            return (
-                f"Whoever runs this vouches that what comes before the head ({named}) was made without these rows.",
-            )
-        return (
-            f"What comes before the head ({named}) is outside: if removed rows had a part in its training, it still "
-            "holds what it learnt of them.",
-        )
 
 
 def _objective(trained: Trained, seen: Features) -> HeadObjective:
@@ -253,11 +258,6 @@ def _names(module: nn.Module) -> tuple[str, str]:
     """Names of the head's weight and bias in the module's state."""
     name = head_of(module)[0]
     return (f"{name}.weight", f"{name}.bias") if name else ("weight", "bias")
-
-
-def _outside(module: nn.Module) -> tuple[str, ...]:
-    """What of the module's state is not its head's."""
-    return tuple(name for name in module.state_dict() if name not in _names(module))
 
 
 def _matrix(state: State, names: tuple[str, str]) -> Tensor:

@@ -11,6 +11,7 @@ import typer
 from expunge.certify.derivations import settings_of
 from expunge.certify.explain import NOT_COMPUTED, rounded_up
 from expunge.cli.certify_plan import Delta, Epsilon, Requests, plan, plot
+from expunge.cli.certify_votes import votes, votes_plan
 from expunge.cli.guarantees import Kept, rechecked, where_kept
 from expunge.cli.inputs import (
     METHODS,
@@ -193,6 +194,8 @@ def explain(
             f"Computed again: all {len(kept.guarantee.constants)} constants hold. Its words (what made it, what it is "
             "compared with) cannot be computed."
         )
+        if any(one.derivation.startswith("checked ") for one in kept.guarantee.constants.values()):
+            told += " What was counted on rows (checked) is believed here: only the rows could tell."
         if trained is None:
             told += " Which model it is of was not looked at: give the model's folder for that."
     say(as_json, about, told if quiet else f"{text.replace(NOT_COMPUTED, '').rstrip()}\n\n{told}")
@@ -201,3 +204,5 @@ def explain(
 
 app.command()(plan)
 app.command()(plot)
+app.command()(votes)
+app.command()(votes_plan)

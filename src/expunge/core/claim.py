@@ -46,8 +46,9 @@ class Constant:
 
     Attributes:
         value: the number.
-        source: ``proved`` (a setting fixed beforehand, or derived from such by a known formula), ``supplied`` (somebody
-            vouches for it) or ``estimated`` (measured on data, which proves nothing).
+        source: ``proved`` (a setting fixed beforehand, derived from such by a known formula, or counted on the rows by
+            the method itself, ``checked ...``), ``supplied`` (somebody vouches for it) or ``estimated`` (measured on
+            data, which proves nothing).
         derivation: name of the formula that gives it, so that anyone can compute it again; ``proved`` needs one.
     """
 
