@@ -17,7 +17,10 @@ from torch.nn.grad import conv2d_weight
 from expunge.calculus.objective import Objective
 from expunge.calculus.pieces import Matrix, Outer, Piece, Pieces
 
+Layers = dict[str, tuple[nn.Module, str]]
+"""For each parameter of an objective the layer that it belongs to, and its name there."""
 Seen = dict[nn.Module, tuple[Tensor, Tensor]]
+"""What went into each layer, and the derivative of the summed losses by what came out."""
 Maker = Callable[[Tensor, Tensor], Pieces]
 
 _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)
@@ -35,19 +38,31 @@ def maker(objective: Objective, x: Tensor, y: Tensor) -> tuple[Maker, int]:
     two of its rows the gradients by each parameter must be those that differentiating one row at a time gives. Modules
     that do otherwise (attention, tied weights) go through `Objective.gradients`; the numbers are the same.
     """
-    layers = _layers(objective)
-    if objective not in _TRIED:
-        _TRIED[objective] = None if layers is None else _numbers(objective, layers, x[:2], y[:2])
-    each = _TRIED[objective]
-    if layers is None or each is None:
+    found = layered(objective, x, y)
+    if found is None:
         return partial(_by_rows, objective), objective.size
-    return partial(_by_layers, objective, layers), each
+    return partial(_by_layers, objective, found[0]), found[1]
+
+
+def layered(objective: Objective, x: Tensor, y: Tensor) -> tuple[Layers, int] | None:
+    """The layers by which `maker` goes, and how many numbers G keeps a row by them; None if it cannot.
+
+    What was found on two rows is remembered. One row alone is tried each time: rows and another axis of length one
+    look the same.
+    """
+    layers = _layers(objective)
+    if layers is None:
+        return None
+    numbers = _TRIED[objective] if objective in _TRIED else _numbers(objective, layers, x[:2], y[:2])
+    if len(x) > 1:
+        _TRIED[objective] = numbers
+    return None if numbers is None else (layers, numbers)
 
 
 _TRIED: WeakKeyDictionary[Objective, int | None] = WeakKeyDictionary()
 
 
-def _numbers(objective: Objective, layers: dict[str, tuple[nn.Module, str]], x: Tensor, y: Tensor) -> int | None:
+def _numbers(objective: Objective, layers: Layers, x: Tensor, y: Tensor) -> int | None:
     """How many numbers G keeps a row by layers; None if it is another G."""
     trial = _pass(objective, layers, x, y)
     if trial is None or not _alike(trial, [objective.gradient(x[i : i + 1], y[i : i + 1]) for i in range(len(x))]):
@@ -69,9 +84,9 @@ def _by_rows(objective: Objective, x: Tensor, y: Tensor) -> Pieces:
     return Pieces([Matrix(objective.gradients(x, y))], len(x))
 
 
-def _layers(objective: Objective) -> dict[str, tuple[nn.Module, str]] | None:
-    """For each parameter the layer that it belongs to, and its name there; None if one belongs to no layer known."""
-    answer: dict[str, tuple[nn.Module, str]] = {}
+def _layers(objective: Objective) -> Layers | None:
+    """For each parameter its layer, and its name there; None if one belongs to no layer known."""
+    answer: Layers = {}
     owners: dict[int, int] = {}
     for prefix, layer in objective.module.named_modules():
         for name, parameter in layer.named_parameters(recurse=False):
@@ -91,14 +106,19 @@ def _known(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear or type(layer) in _NORMS
 
 
-def _by_layers(objective: Objective, layers: dict[str, tuple[nn.Module, str]], x: Tensor, y: Tensor) -> Pieces:
-    chunk = _ROWS[any(isinstance(layer, nn.Conv2d) for layer, _ in layers.values())]
+def _by_layers(objective: Objective, layers: Layers, x: Tensor, y: Tensor) -> Pieces:
+    chunk = rows_a_pass(layers)
     store = _Store(len(x))
     for rows in zip(x.split(chunk), y.split(chunk), strict=True):
         part = _pass(objective, layers, *rows)
         if part is not None:
             store.add(part.pieces)
     return store.joined()
+
+
+def rows_a_pass(layers: Layers, vectors: int = _ROWS[False]) -> int:
+    """How many rows go through these layers at a time: few images, so many vectors."""
+    return _ROWS[True] if any(isinstance(layer, nn.Conv2d) for layer, _ in layers.values()) else vectors
 
 
 class _Store:
@@ -131,19 +151,23 @@ class _Store:
         return Pieces([whole[place] for place in sorted(whole)], self.rows)
 
 
-def _pass(objective: Objective, layers: dict[str, tuple[nn.Module, str]], x: Tensor, y: Tensor) -> Pieces | None:
+def _pass(objective: Objective, layers: Layers, x: Tensor, y: Tensor) -> Pieces | None:
     """G of a few rows; None if a layer is not called exactly once, or not with rows along its first axis."""
-    seen = _derivatives(objective, {layer for layer, _ in layers.values()}, x, y)
+    seen = derivatives(objective, layers, x, y)
     if seen is None:
         return None
     pieces = []
     for name, (layer, kind) in layers.items():
-        pieces.append(_piece(layer, kind, *seen[layer], objective.places[name]))
+        pieces.append(piece_of(layer, kind, *seen[layer], objective.places[name]))
     return Pieces(pieces, len(x))
 
 
-def _derivatives(objective: Objective, layers: set[nn.Module], x: Tensor, y: Tensor) -> Seen | None:
-    """What went into each layer, and the derivative of the summed losses by what came out."""
+def derivatives(objective: Objective, layers: Layers, x: Tensor, y: Tensor) -> Seen | None:
+    """One pass forward and one backward that stops at the layers' outputs.
+
+    None if a layer is not called exactly once, or not with rows along its first axis.
+    """
+    hooked = {layer for layer, _ in layers.values()}
     inputs: dict[nn.Module, Tensor] = {}
     outputs: dict[nn.Module, Tensor] = {}
     calls = []
@@ -158,20 +182,20 @@ def _derivatives(objective: Objective, layers: set[nn.Module], x: Tensor, y: Ten
         # An operation in place behind it must change a copy. One that no module owns up to is found by the trial.
         return outputs[layer].clone() if in_place or not inner else outputs[layer]
 
-    hooks = [layer.register_forward_hook(note) for layer in layers]
+    hooks = [layer.register_forward_hook(note) for layer in hooked]
     try:
         with torch.enable_grad():
             losses = objective.losses(x, y)
-            if len(calls) != len(layers) or any(len(one) != len(x) for one in (*inputs.values(), *outputs.values())):
+            if len(calls) != len(hooked) or any(len(one) != len(x) for one in (*inputs.values(), *outputs.values())):
                 return None
-            derivatives = torch.autograd.grad(losses.sum(), list(outputs.values()), materialize_grads=True)
+            found = torch.autograd.grad(losses.sum(), list(outputs.values()), materialize_grads=True)
     finally:
         for hook in hooks:
             hook.remove()
-    return {layer: (inputs[layer], one) for layer, one in zip(outputs, derivatives, strict=True)}
+    return {layer: (inputs[layer], one) for layer, one in zip(outputs, found, strict=True)}
 
 
-def _piece(layer: nn.Module, kind: str, a: Tensor, b: Tensor, places: Tensor | None) -> Piece:
+def piece_of(layer: nn.Module, kind: str, a: Tensor, b: Tensor, places: Tensor | None) -> Piece:
     """The columns of one parameter of a layer, of its inputs and its outputs' derivatives."""
     if isinstance(layer, nn.Linear) and kind == "weight" and a.dim() == 2:
         if places is None:

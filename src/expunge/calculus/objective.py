@@ -144,7 +144,7 @@ class Objective:
         def of_row(vector: Tensor, row: Tensor, label: Tensor) -> Tensor:
             return self.losses(row[None], label[None], vector).sum()
 
-        with _second_derivatives():
+        with second_derivatives():
             answer: Tensor = vmap(grad(of_row), in_dims=(None, 0, 0), chunk_size=chunk)(self.vector(), x, y)
         return answer
 
@@ -153,18 +153,20 @@ class Objective:
 
         Cost: one forward pass in forward mode for all rows together, whatever their number.
         """
-        with _second_derivatives():
+        with second_derivatives():
             answer: Tensor = jvp(lambda vector: self.losses(x, y, vector), (self.vector(),), (v,))[1]
         return answer
 
     def hessian_product(self, x: Tensor, y: Tensor, v: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
         """The Hessian of the summed losses times `v`. Cost: about four forward passes."""
-        with _second_derivatives():
+        with second_derivatives():
             answer: Tensor = jvp(lambda vector: self.gradient(x, y, vector), (self.vector(),), (v,))[1]
         return answer
 
-    def gauss_newton_product(self, x: Tensor, y: Tensor, v: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
-        """``sum_i J_i' H_i J_i v``: J_i a row's outputs by the parameters, H_i its loss by them (Schraudolph, 2002).
+    def gauss_newton_product(
+        self, x: Tensor, y: Tensor, v: Float[Tensor, " p"], *, weights: Float[Tensor, " n"] | None = None
+    ) -> Float[Tensor, " p"]:
+        """``sum_i w_i J_i' H_i J_i v``: J_i outputs by the parameters, H_i the loss by outputs (Schraudolph, 2002).
 
         Positive semi-definite where the loss is convex in the outputs. For cross-entropy and squared error it is the
         Fisher matrix of the model's own distribution, not the empirical one.
@@ -175,9 +177,10 @@ class Objective:
             return self.outputs(vector, x)
 
         def loss(out: Tensor) -> Tensor:
-            return self.row_losses(out, y).sum()
+            losses = self.row_losses(out, y)
+            return losses.sum() if weights is None else torch.dot(losses, weights)
 
-        with _second_derivatives():
+        with second_derivatives():
             out, forward = jvp(outputs, (here,), (v,))[:2]
             curved = jvp(grad(loss), (out,), (forward,))[1]
             back: Callable[[Tensor], tuple[Tensor]] = vjp(outputs, here)[1]
@@ -214,7 +217,7 @@ _slow_attention = _SlowAttention()
 
 
 @contextmanager
-def _second_derivatives() -> Any:
+def second_derivatives() -> Any:
     """Within: attention by a kernel that has derivatives of derivatives; the fused ones have none.
 
     Threads may overlap: the switches are put back as they were before the first by the last that leaves.

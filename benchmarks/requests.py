@@ -1,0 +1,62 @@
+"""Requests that are meant to do harm, measured.
+
+    python benchmarks/requests.py --quick            # under a minute on two cores
+    python benchmarks/requests.py                    # every part, in full
+    python benchmarks/requests.py --only scores      # one part
+
+The parts:
+
+    scores   influence scores of 10,000 images (an MLP 784-128-10 on MNIST): layer by layer, against gradients made row
+             by row, against gradients of blocks by vmap, and against forward mode; in time and in memory
+
+With ``--quick`` the last line is one JSON:
+
+    score_speedup_one    one vector: gradients row by row, each times the vector / ours
+    score_speedup_50     50 vectors: gradients row by row, block by block times the matrix / ours
+    peak_mb              memory that ours needs for 50 vectors beside the rows, the vectors and the model
+    max_relative_error   largest difference between ours and float64 gradients row by row over the largest score
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import _scores
+
+from expunge.core.store import write_atomically
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "requests"
+Part = Callable[[bool], dict[str, float]]
+"""Measures one part, as a sample if asked to; names and figures, all of them for the last line of ``--quick``."""
+PARTS: Mapping[str, Part] = {"scores": _scores.measure}
+EXAMPLES = """examples:
+  python benchmarks/requests.py --quick
+  python benchmarks/requests.py --quick --only scores
+  OMP_NUM_THREADS=1 python benchmarks/requests.py --only scores
+"""
+
+
+def main() -> None:
+    """Measure what was asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a sample, in under a minute; the last line is one JSON")
+    parser.add_argument("--only", choices=list(PARTS), help="one part")
+    words = parser.parse_args()
+    figures: dict[str, float] = {}
+    for name in [words.only] if words.only else PARTS:
+        found = PARTS[name](words.quick)
+        figures |= found
+        if not words.quick:
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            write_atomically(RESULTS / f"{name}.json", json.dumps(found, indent=1).encode("utf-8"))
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
