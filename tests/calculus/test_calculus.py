@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from expunge.calculus import FisherDual, Objective, conjugate_gradients, dense, lissa, mean_eigenvalue, solve_dense
-from expunge.calculus.objective import _second_derivatives
+from expunge.calculus.objective import second_derivatives
 from expunge.core.errors import Misuse, Unsupported
 
 
@@ -305,7 +305,7 @@ def test_threads_that_overlap_leave_attention_as_it_was(first_out):
     into, out = [Event(), Event()], [Event(), Event()]
 
     def work(which):
-        with _second_derivatives():
+        with second_derivatives():
             into[which].set()
             out[which].wait(60)
             seen.append(switches())
@@ -325,7 +325,7 @@ def test_threads_that_overlap_leave_attention_as_it_was(first_out):
 
 def test_an_error_inside_leaves_attention_as_it_was():
     before = switches()
-    with pytest.raises(ZeroDivisionError), _second_derivatives(), _second_derivatives():
+    with pytest.raises(ZeroDivisionError), second_derivatives(), second_derivatives():
         raise ZeroDivisionError
     assert switches() == before
 

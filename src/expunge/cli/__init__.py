@@ -22,6 +22,7 @@ from expunge.cli.handover import certificate
 from expunge.cli.ledger import log, verify_bundle
 from expunge.cli.lists import methods, records
 from expunge.cli.models import evaluate, forget, train
+from expunge.cli.redteam import redteam
 from expunge.cli.requests import cancel, deny, extend, identify, release, request
 from expunge.cli.standing import export, status
 from expunge.cli.story import demo
@@ -36,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_ON_MODELS = (demo, train, forget, evaluate, compare, records, methods)
+_ON_MODELS = (demo, train, forget, evaluate, compare, redteam, records, methods)
 _IN_A_WORKSPACE = (
     *(init, register_model, request, status, run, release, deny, cancel, extend, identify),
     *(certificate, verify_bundle, log, sweep, export),
