@@ -179,7 +179,7 @@ def test_methods(ask, expunge):
     assert all(about["not_guaranteed"] in said.out for about in found)
 
 
-ON_MODELS = ("demo", "train", "forget", "evaluate", "compare", "records", "methods")
+ON_MODELS = ("demo", "train", "forget", "evaluate", "compare", "records", "methods", "redteam")
 
 
 def test_a_method_around_another_takes_settings_of_both(ask, digits):

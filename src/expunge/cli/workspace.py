@@ -36,8 +36,11 @@ from expunge.cli.output import progress, say
 from expunge.cli.places import opened, plain, refuse_inside
 from expunge.cli.served import Source, absolute, served_model
 from expunge.core.errors import ExpungeError, Misuse
+from expunge.core.protocols import Stage
 from expunge.ledger.check import key_id
 from expunge.ledger.states import State
+from expunge.screen import ScreenStage
+from expunge.screen.conformal import least_draws
 from expunge.workflow import Journey, Leftovers, Progress, Workspace
 
 Tell = Callable[[str, int, int], None]
@@ -249,8 +252,26 @@ def journey_of(ws: Workspace, name: str, allowed: bool, tell: Tell) -> Journey:
     source = Source.of(ws, name)
     tell(f"read {name}", 0, 1)
     method, exact = source.methods(served_model(ws, name, allowed))
-    mirror = source.mirror(name)
-    return Journey(ws, name, source.records(), method=method, exact=exact, mirror=mirror, tell=tell)
+    return Journey(
+        ws,
+        name,
+        source.records(),
+        method=method,
+        exact=exact,
+        stages=_stages(ws),
+        mirror=source.mirror(name),
+        tell=tell,
+    )
+
+
+def _stages(ws: Workspace) -> tuple[Stage, ...]:
+    """What the workspace wants done beside unlearning."""
+    rate = ws.config.policy.screen
+    if not rate:
+        return ()
+    # The seed is the workspace's secret: who knew the benign requests compared with could hide among them.
+    seed = ws.keys.coins("screen").initial_seed()
+    return (ScreenStage(rate=rate, draws=max(200, least_draws(rate)), seed=seed),)
 
 
 def _take(ws: Workspace, name: str, worker: str, now: bool, allowed: bool, tell: Tell) -> _Taken:

@@ -12,6 +12,7 @@ from expunge.core.errors import Misuse
 from expunge.demo.certified import tell_certify
 from expunge.demo.journey import tell_certificate, tell_sweep
 from expunge.demo.requests import tell_requests
+from expunge.demo.screening import tell_screen
 from expunge.demo.story import Settings, Story, Tell, silent
 from expunge.demo.tables import ratio
 from expunge.demo.training import tell_train
@@ -24,6 +25,7 @@ CHAPTERS: Mapping[str, Callable[[Story], Chapter]] = MappingProxyType(
     {
         "train": tell_train,
         "requests": tell_requests,
+        "screen": tell_screen,
         "unlearn": tell_unlearn,
         "certify": tell_certify,
         "certificate": tell_certificate,
@@ -32,7 +34,6 @@ CHAPTERS: Mapping[str, Callable[[Story], Chapter]] = MappingProxyType(
 )
 NOT_BUILT = MappingProxyType(
     {
-        "screen": "not done: requests are not screened for attacks in this version",
         "verify": "not done: no verification by the owner in this version",
     }
 )
@@ -53,7 +54,7 @@ def tell(settings: Settings, *, chapters: Sequence[str] | None = None, progress:
     for name in wanted:
         if name not in CHAPTERS:
             raise Misuse(f'there is no chapter "{name}"; there are {", ".join(CHAPTERS)}')
-    story = Story(settings, progress, units=8 + settings.seeds * (2 + STEPS_OF_A_SEED))
+    story = Story(settings, progress, units=10 + settings.seeds * (2 + STEPS_OF_A_SEED))
     told = tuple(CHAPTERS[name](story) for name in wanted)
     story.step("write the report")
     off = tuple(Chapter(name=name, headline=why, done=False) for name, why in NOT_BUILT.items() if chapters is None)

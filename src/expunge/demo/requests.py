@@ -28,7 +28,7 @@ def tell_requests(story: Story) -> Chapter:
             Grid(caption="Requests", headers=("request", "records to remove", "records that stay"), rows=rows, words=1),
         ),
         shows="What each request means in records.",
-        does_not_show="Whether whoever asks is who they say, or means harm: nothing is screened in this version.",
+        does_not_show="Whether whoever asks is who they say; whether they mean harm is the next chapter.",
         check="expunge records --data mnist --owners",
         data={name: {"forget": len(s.forget), "retain": len(s.retain)} for name, s in splits.items()},
     )

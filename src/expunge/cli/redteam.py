@@ -1,0 +1,187 @@
+"""`expunge redteam`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from expunge.cli.inputs import load_model, make_method, named_method, read_records
+from expunge.cli.options import (
+    AllowCode,
+    Classes,
+    Columns,
+    Data,
+    IdColumn,
+    Json,
+    LabelColumn,
+    OwnerColumn,
+    Owners,
+    Quiet,
+    Seed,
+)
+from expunge.cli.output import console, progress
+from expunge.core.coins import generator
+from expunge.core.errors import Misuse
+from expunge.core.protocols import Method
+from expunge.core.records import Records
+from expunge.core.trained import Trained
+from expunge.report import print_grid, write
+from expunge.report.redteam import attack_grid, redteam_report, screen_grid, transfer_grid, untried_grid
+from expunge.study.redteam import redteam as run_redteam
+from expunge.study.redteam_attacks import ATTACKS
+from expunge.study.redteam_found import Redteam
+from expunge.study.redteam_response import summary
+from expunge.study.redteam_screens import SCREENS
+
+
+def redteam(
+    model: Annotated[Path, typer.Argument(help="Folder of the trained model.")],
+    data: Data,
+    out: Annotated[Path, typer.Option(help="New folder for the report, and for every trial as it is finished.")],
+    method: Annotated[str, typer.Option(help="The unlearner under attack; auto: sisa for shards, else retrain.")],
+    setting: Annotated[list[str] | None, typer.Option("--set", help="A setting of the method, as lr=0.01.")] = None,
+    others: Annotated[str, typer.Option(help="Unlearners that attacks may transfer to, as fine-tune,scrub.")] = "",
+    attacks: Annotated[str | None, typer.Option(help=f"Of {', '.join(ATTACKS)}; all if left out.")] = None,
+    targets: Annotated[int, typer.Option(help="Test rows that are attacked, each apart.")] = 5,
+    targeted: Annotated[
+        bool, typer.Option("--targeted", help="Want the second best class, instead of any but the true one.")
+    ] = False,
+    budget: Annotated[str, typer.Option(help="Shares of the rows that an attack may ask for, as .001,.01.")] = ".01",
+    screens: Annotated[str | None, typer.Option(help=f"Of {', '.join(SCREENS)}; none; all if left out.")] = None,
+    seeds: Annotated[int, typer.Option(help="Trainings that exact retraining is measured on.")] = 1,
+    rate: Annotated[float, typer.Option(help="False alarms that every screen is calibrated to.")] = 0.05,
+    draws: Annotated[int, typer.Option(help="Requests in good faith that screens are calibrated on.")] = 200,
+    benign: Annotated[int, typer.Option(help="Other such requests, on which false alarms are measured.")] = 100,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on in the folder --out after a break.")] = False,
+    test: Annotated[str | None, typer.Option(help="Held-out data; a built-in set brings its own.")] = None,
+    id_column: IdColumn = None,
+    owner_column: OwnerColumn = None,
+    label_column: LabelColumn = None,
+    classes: Classes = None,
+    columns: Columns = None,
+    owners: Owners = None,
+    allow_code: AllowCode = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Attack a model by requests filed in bad faith.
+
+    Every attack on every target at every budget, through the unlearner and under exact retraining, beside random rows,
+    nearest neighbours and doing nothing; then every screen, alone and together. Says of each attack whether it is the
+    data or the approximation, and writes report.html with pictures into the folder. Targets are test rows that the
+    model answers rightly. Nothing is changed in the model.
+
+    Exit code 1 if an attack moves targets through the unlearner further than random rows and doing nothing do, with all
+    of the interval, and no screen catches it more often than requests in good faith. With few targets neither is shown
+    of weak attacks: 0 is no proof.
+
+    \b
+    Examples:
+      expunge redteam models/digits --data mnist --method influence-unlearning --out redteam
+      expunge redteam models/churn --data customers.csv --id-column id --label-column churned --test held-out.csv \\
+        --method fine-tune --set lr=0.01 --attacks select,sequential --targets 30 --budget .001,.005,.01,.02 \\
+        --seeds 3 --out redteam-churn
+    """
+    _refuse_folder(out, resume)
+    chosen = _named(attacks, ATTACKS, "--attacks")
+    guards = _named(screens, SCREENS, "--screens")
+    if attacks is None and not guards:
+        chosen.pop("evading")  # it attacks screens
+    shares = _shares(budget)
+    trained = load_model(model, allow_code)
+    through = make_method(method, setting or [], trained)
+    columns_of = (id_column, owner_column, label_column, classes, columns, owners)
+    records, strangers = _rows(trained, data, test, columns_of)
+    with progress(quiet or as_json) as show:
+        found = run_redteam(
+            trained,
+            records,
+            strangers,
+            attacks=chosen,
+            through=through,
+            others=_others(others),
+            screens=[make() for make in guards.values()],
+            targets=targets,
+            targeted=targeted,
+            budgets=shares,
+            seeds=seeds,
+            rate=rate,
+            draws=draws,
+            benign=benign,
+            rng=generator(seed),
+            keep=out,
+            progress=show,
+        )
+    _tell(found, out, as_json)
+    return 1 if found.uncaught else 0
+
+
+def _tell(found: Redteam, out: Path, as_json: bool) -> None:
+    report = redteam_report(found, f"expunge {shlex.join(sys.argv[1:])}")
+    html, data = write(report, out)
+    if as_json:
+        about = {**summary(found), "verdict": report.verdict, "sound": report.sound}
+        print(json.dumps({**about, "report": str(html), "data": str(data)}, allow_nan=False))
+        return
+    screen = console()
+    print_grid(attack_grid(found), screen)
+    for grid in (*transfer_grid(found), *untried_grid(found)):
+        print_grid(grid, screen)
+    if found.policies:
+        print_grid(screen_grid(found), screen)
+    for line in report.chapters[0].text:
+        print(line)
+    print(f"\n{report.verdict}\n\nreport  {html}\njson    {data}")
+
+
+def _refuse_folder(out: Path, resume: bool) -> None:
+    begun = (out / "study.json").is_file()
+    if begun and not resume:
+        raise Misuse(f"{out} holds a run already; go on with it: --resume, or name a new folder")
+    if resume and not begun:
+        raise Misuse(f"there is no run in {out} to go on with; leave out --resume")
+
+
+def _rows(trained: Trained, data: str, test: str | None, columns: tuple[Any, ...]) -> tuple[Records, Records]:
+    """All rows of the data, and rows that the model was not trained on."""
+    records, own = read_records(data, *columns)
+    if test is not None:
+        return records, read_records(test, *columns)[0]
+    if own is not None:
+        return records, own
+    strangers = records.where(lambda one, _: one not in trained.ids and one not in trained.gone)
+    if not len(strangers):
+        raise Misuse("targets are rows that the model was not trained on, and the data holds none; give some: --test")
+    return records, strangers
+
+
+def _named(text: str | None, known: Mapping[str, Any], option: str) -> dict[str, Any]:
+    if text == "none" and option == "--screens":
+        return {}
+    words = list(known) if text is None else _words(text)
+    unknown = [word for word in words if word not in known]
+    if unknown or not words:
+        raise Misuse(f"{option} are {', '.join(known)}, got {unknown[0] if unknown else 'none'}")
+    return {word: known[word] for word in words}
+
+
+def _others(text: str) -> dict[str, Method]:
+    return {word: named_method(word, ()) for word in _words(text)}
+
+
+def _words(text: str) -> Sequence[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(word) for word in _words(text)]
+    except ValueError:
+        raise Misuse(f'--budget must be shares of the rows, as .001,.01, got "{text}"') from None
