@@ -143,8 +143,20 @@ def test_a_chapter_alone(name):
     assert all(0 <= done <= total for _, done, total in heard)
 
 
+def test_the_attack_of_the_screening_chapter_is_a_valid_erasure_and_never_refused(whole):
+    chapter = next(one for one in whole.chapters if one.name == "screen")
+    said = chapter.data["decisions"]
+    assert {one["action"] for one in said.values()} <= {"carry out", "exact"}
+    attack = said["an attack"]
+    assert attack["hold"] == (attack["action"] == "exact") == (attack["p"] <= 0.05) == chapter.data["attack_held"]
+    assert len(attack["ids"]) == len(said["as many rows at random"]["ids"]) == 300
+    after = chapter.data["margins_after"]
+    assert after["an attack"] < after["as many rows at random"]
+    assert ("the attack is held" in chapter.headline) == chapter.data["attack_held"]
+
+
 def test_an_unknown_chapter_is_refused():
-    with pytest.raises(Misuse, match='no chapter "verify"; there are train, requests, unlearn'):
+    with pytest.raises(Misuse, match='no chapter "verify"; there are train, requests, screen, unlearn'):
         tell(SMALL, chapters=["train", "verify"])
 
 

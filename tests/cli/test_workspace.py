@@ -706,3 +706,14 @@ def test_a_checkpoint_that_is_lost_is_replaced_only_when_asked(ask, expunge, ws)
     assert "the last checkpoint is missing" in said.err
     ask("log", "--replace-checkpoint")
     assert ask("status")["count"] == 0
+
+
+def test_a_workspace_that_screens_says_so_in_the_log(expunge, opened, ws):
+    config = ws / "expunge.toml"
+    config.write_text(config.read_text().replace("screen = 0.0", "screen = 0.05"))
+    words = ("--workspace", ws, "--json")
+    filed = json.loads(expunge("request", "churn", "--owner", "c-3", *words).out)["id"]
+    taken = json.loads(expunge("run", *words).out)["models"]["churn"]
+    (entry,) = [one for one in opened.ledger.log.entries(filed) if one.kind in ("screened", "held")]
+    assert entry.body["stages"] == ["screen: passed" if filed in taken["completed"] else "screen: held"]
+    assert filed in taken["completed"] + taken["held"]
