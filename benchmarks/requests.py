@@ -3,11 +3,14 @@
     python benchmarks/requests.py --quick            # under a minute on two cores
     python benchmarks/requests.py                    # every part, in full
     python benchmarks/requests.py --only scores      # one part
+    python benchmarks/requests.py --only attacks --front adult   # one front of a part; goes on after a break
 
 The parts:
 
     scores   influence scores of 10,000 images (an MLP 784-128-10 on MNIST): layer by layer, against gradients made row
              by row, against gradients of blocks by vmap, and against forward mode; in time and in memory
+    attacks  requests in bad faith against models of MNIST and Adult, 30 targets, 3 trainings, beside their controls, and
+             what screens leave of them; hours, so never with --quick
 
 With ``--quick`` the last line is one JSON:
 
@@ -24,6 +27,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import _attacks
 import _scores
 
 from expunge.core.store import write_atomically
@@ -33,10 +37,12 @@ RESULTS = HERE / "results" / "requests"
 Part = Callable[[bool], dict[str, float]]
 """Measures one part, as a sample if asked to; names and figures, all of them for the last line of ``--quick``."""
 PARTS: Mapping[str, Part] = {"scores": _scores.measure}
+"""Those that have a quick sample; `attacks` has none."""
 EXAMPLES = """examples:
   python benchmarks/requests.py --quick
   python benchmarks/requests.py --quick --only scores
   OMP_NUM_THREADS=1 python benchmarks/requests.py --only scores
+  python benchmarks/requests.py --only attacks --front mnist
 """
 
 
@@ -46,15 +52,24 @@ def main() -> None:
         description=__doc__.splitlines()[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a sample, in under a minute; the last line is one JSON")
-    parser.add_argument("--only", choices=list(PARTS), help="one part")
+    parser.add_argument("--only", choices=[*PARTS, "attacks"], help="one part")
+    parser.add_argument(
+        "--front", choices=list(_attacks.FRONTS), help="of the part attacks: one front; all if left out"
+    )
     words = parser.parse_args()
+    if words.only == "attacks" and words.quick:
+        parser.error("attacks has no quick sample; leave out --quick")
     figures: dict[str, float] = {}
-    for name in [words.only] if words.only else PARTS:
+    for name in PARTS if words.only is None else {words.only} & set(PARTS):
         found = PARTS[name](words.quick)
         figures |= found
         if not words.quick:
             RESULTS.mkdir(parents=True, exist_ok=True)
             write_atomically(RESULTS / f"{name}.json", json.dumps(found, indent=1).encode("utf-8"))
+    if words.only == "attacks" or not (words.only or words.quick):
+        for front in [words.front] if words.front else _attacks.FRONTS:
+            told = _attacks.measure(_attacks.FRONTS[front], RESULTS / front)
+            print(json.dumps({front: told}, indent=1))
     print(json.dumps(figures))
 
 
