@@ -9,7 +9,7 @@ The parts:
 
     scores   influence scores of 10,000 images (an MLP 784-128-10 on MNIST): layer by layer, against gradients made row
              by row, against gradients of blocks by vmap, and against forward mode; in time and in memory
-    attacks  requests in bad faith against models of MNIST and Adult, 30 targets, 3 trainings, beside their controls, and
+    attacks  requests in bad faith against models of MNIST and Adult: 30 targets, 3 trainings, beside controls, and
              what screens leave of them; hours, so never with --quick
 
 With ``--quick`` the last line is one JSON:
