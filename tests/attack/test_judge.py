@@ -198,6 +198,57 @@ def test_an_attacker_who_brings_rows_has_them_trained_on_and_is_held_against_a_m
     assert attempt.brought == frozenset(brought.ids)
 
 
+class Noting:
+    """Carries requests out as the unlearner under attack does, and notes which rows they were for."""
+
+    claim, needs = InfluenceUnlearning.claim, InfluenceUnlearning.needs
+
+    def __init__(self):
+        self.asked = []
+
+    def supports(self, trained):
+        return THROUGH.supports(trained)
+
+    def __call__(self, trained, records, request, *, rng):
+        self.asked.append(set(request.ids))
+        return THROUGH(trained, records, request, rng=rng)
+
+
+def test_no_control_asks_for_what_the_attacker_brought(judge, case, targets):
+    target, noting = targets[0], Noting()
+    ids = [f"b-{i}" for i in range(300)]
+    brought = Records(target.x.repeat(300, 1), target.y.repeat(300), ids, ["eve"] * 300, classes=10)
+    outcomes(replace(judge, through=noting), Filing((Request.remove(ids[:9]),), brought), target)
+    attack, *others = noting.asked
+    assert attack == set(ids[:9])
+    assert [len(one) for one in others] == [9, 9]  # random rows, and those nearest to the target, as the brought are
+    assert all(one <= set(case.records.ids) for one in others)
+
+
+@dataclass
+class Looking:
+    """Looks at what it is given to make rows from."""
+
+    seen: Records | None = None
+
+    def contribute(self, records, target, *, rng):
+        self.seen = records
+
+    def requests(self, trained, records, target, *, through, rng):
+        return ()
+
+
+def test_what_an_attacker_brings_is_not_made_from_rows_that_the_model_does_not_stand_on(case, targets):
+    stands = case.records.select(range(400))
+    held_out = Judge(trained=train(SOFTMAX, stands), records=case.records, test=case.test, through=THROUGH)
+    attack = Looking()
+    held_out.attempt(attack, targets[0], rng=generator(0))
+    assert attack.seen.ids == stands.ids  # the target may be among the others
+    before = attack.seen
+    held_out.attempt(attack, targets[1], rng=generator(0))
+    assert attack.seen is before  # what an attacker remembers of the records is remembered
+
+
 def test_replacements_are_held_against_noise_of_their_own_size_and_purged(judge, case, targets):
     old = case.records.select(range(5))
     new = (old.x + 0.25 * torch.sign(targets[0].x - 0.5)).clamp(0, 1)
@@ -239,6 +290,20 @@ def test_controls_ask_for_as_many_rows_in_as_many_requests_and_never_for_one_twi
     assert (rows.y == targets[0].y).all()
     with pytest.raises(Misuse, match="lower the budget"):
         controls(filed, case.records.select(range(6)), case.records, targets[0], rng=generator(0))
+
+
+def test_neighbours_are_the_nearest_rows_of_the_targets_class_and_then_the_nearest_others(case, targets):
+    target, records = targets[0], case.records
+    away = ((records.x.double() - target.x.double()) ** 2).sum(1).sqrt().tolist()
+    others = (records.y != target.y).tolist()
+    found = nearest(records, target)
+    assert sorted(found) == list(range(len(records)))
+    assert [others[row] for row in found] == sorted(others)
+    for group in (False, True):
+        told = [away[row] for row in found if others[row] is group]
+        assert told == pytest.approx(sorted(told), abs=1e-4)
+    mine = controls([Request.remove(records.ids[:3])], records, records, target, rng=generator(0))["neighbours"][0]
+    assert mine.ids == tuple(records.ids[row] for row in found[:3])
 
 
 def test_integer_pixels_get_noise_of_whole_steps_inside_their_range(case):

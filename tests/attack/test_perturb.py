@@ -16,7 +16,8 @@ from expunge.attack.aim import margin, pick_targets
 from expunge.attack.bounds import Bounds
 from expunge.attack.descend import Adjoint, Aim, Matching, Retraining
 from expunge.attack.knowledge import Wish
-from expunge.attack.victim import Order, Reaction, Victim
+from expunge.attack.reaction import Order, Reaction
+from expunge.attack.victim import Victim
 from expunge.core.errors import Misuse, Unsupported
 from expunge.core.protocols import Target
 from expunge.core.recipe import Sharding
@@ -318,8 +319,9 @@ def test_requests_that_cannot_be_met_are_refused() -> None:
         ask(ReplaceRequests(count=3, eps=1e-4, steps=2, renew=1))
     with pytest.raises(Misuse, match="shape"):
         ask(ReplaceRequests(count=3), aim=Target(x=torch.zeros(1, 3), y=target.y))
+    tokens = Records(records.x.long(), records.y, records.ids, classes=10)
     with pytest.raises(Unsupported, match="cannot be moved"):
-        ask(ReplaceRequests(count=3), rows=Records(records.x.long(), records.y, records.ids, classes=10))
+        ask(ReplaceRequests(count=3), rows=tokens, aim=Target(x=target.x.long(), y=target.y))
     network, rows, other = tanh_model()
     with pytest.raises(Misuse, match="use matching"):
         ReplaceRequests(count=3, by="retraining").requests(

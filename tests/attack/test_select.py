@@ -15,8 +15,9 @@ from expunge import Recipe, Request, generator, train
 from expunge.attack import Queries, SelectRequests, Surrogate, White, victims
 from expunge.attack.aim import margin, pick_targets
 from expunge.attack.knowledge import Wish
+from expunge.attack.reaction import Reaction
 from expunge.attack.select import How, capped_simplex
-from expunge.attack.victim import Reaction, Victim
+from expunge.attack.victim import Victim
 from expunge.core.errors import Misuse
 from expunge.core.protocols import Target
 from expunge.core.recipe import Sharding

@@ -12,8 +12,9 @@ import expunge
 from expunge import Recipe, Retrain, generator
 from expunge.attack.aim import pick_targets
 from expunge.attack.course import Course, Plan, assigned
+from expunge.attack.reaction import Reaction
 from expunge.attack.sequential import SequentialRequests
-from expunge.attack.victim import Reaction, Victim
+from expunge.attack.victim import Victim
 from expunge.core.errors import Misuse
 from expunge.core.protocols import Target
 from expunge.testing.case import digits

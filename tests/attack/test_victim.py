@@ -171,6 +171,18 @@ def test_gradient_ascent_is_answered_for_by_its_own_rate() -> None:
     assert torch.allclose(moved, victim.reaction.rate * leaving)
 
 
+def test_gradient_ascent_is_known_by_what_it_is_and_not_by_its_name() -> None:
+    records, _ = problem(3)
+    trained = softmax_model(records, batch_size=7)
+
+    class Steeper(GradientAscent):
+        """Gradient ascent by another name."""
+
+    namesake = type("GradientAscent", (Retrain,), {})
+    assert Reaction.of(Steeper(lr=0.1, epochs=3), trained).order == "first"
+    assert Reaction.of(namesake(), trained) == Reaction(order="second")
+
+
 def test_many_targets_share_what_was_computed_and_nothing_outlives_the_model() -> None:
     records, target = problem(3)
     trained = softmax_model(records)
@@ -202,6 +214,9 @@ def test_the_model_is_left_as_it_was() -> None:
         ({"y": torch.tensor([0, 1])}, "one label a row"),
         ({"wanted": torch.tensor([-1])}, "run from 0 to 1"),
         ({"y": torch.tensor([0]), "wanted": torch.tensor([0])}, "is the true one"),
+        ({"y": torch.tensor([0.0])}, "int64"),
+        ({"wanted": torch.tensor([1], dtype=torch.int32)}, "int64"),
+        ({"x": torch.full((1, 4), torch.nan)}, "not finite"),
     ],
 )
 def test_a_target_outside_the_data_is_refused(change: dict[str, Tensor], said: str) -> None:
@@ -210,6 +225,16 @@ def test_a_target_outside_the_data_is_refused(change: dict[str, Tensor], said: s
     with pytest.raises(Misuse, match=said):
         check_target(Target(**asked), records)
     check_target(target, records)
+
+
+def test_a_target_that_is_stored_otherwise_than_the_records_would_be_read_on_another_scale() -> None:
+    records, target = problem(3)
+    check_target(Target(x=target.x.float(), y=target.y), records)
+    pixels = Records((records.x * 20 + 128).clamp(0, 255).to(torch.uint8), records.y, classes=2)
+    check_target(Target(x=pixels.x[:1], y=target.y), pixels)
+    for x, others in ((pixels.x[:1].float(), pixels), (pixels.x[:1].to(torch.int64), pixels), (pixels.x[:1], records)):
+        with pytest.raises(Misuse, match="stored as"):
+            check_target(Target(x=x, y=target.y), others)
 
 
 def test_float_targets_have_no_class_to_turn() -> None:

@@ -1,8 +1,10 @@
 """Benign requests, p-values that keep their promise, and what is decided."""
 
+import copy
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from expunge.screen import (
     default_screens,
     defend,
     p_values,
+    understand,
 )
 from expunge.screen.conformal import least_draws
 from tests.screen import kit, liars
@@ -58,6 +61,15 @@ def test_p_values_are_those_counted_one_by_one(seed):
     wanted, joint = plain(benign, found)
     assert each.tolist() == pytest.approx(wanted)
     assert p == pytest.approx(joint)
+
+
+@pytest.mark.parametrize("draws", [19, 39, 99, 199, 999])
+def test_a_p_value_that_is_the_rate_is_not_rounded_above_it(draws):
+    above = round(0.05 * (draws + 1)) - 1
+    benign = torch.arange(draws).double()[:, None]
+    each, p = p_values(benign, benign[draws - above - 1] + 0.5)
+    assert each.tolist() == [p] == [(above + 1) / (draws + 1)]
+    assert each[0] <= 0.05
 
 
 def test_p_values_of_exchangeable_scores_keep_every_rate_exactly():
@@ -232,6 +244,16 @@ def test_another_model_size_or_kind_asks_for_another_calibration(screening):
         mixed(trained, records, Request.remove(records.ids[:5]), rng=generator(0))
 
 
+def test_a_model_that_was_changed_in_place_is_another_model():
+    records = kit.records()
+    trained = replace(kit.trained("softmax"), module=copy.deepcopy(kit.trained("softmax").module))
+    small = calibrate([GradientNorm()], trained, records, size=5, draws=20, rng=generator(0))
+    with torch.no_grad():
+        next(trained.module.parameters()).mul_(2)
+    with pytest.raises(Misuse, match="another model"):
+        small(trained, records, Request.remove(records.ids[:5]), rng=generator(0))
+
+
 def test_a_flagged_erasure_is_never_dropped_but_goes_to_exact_retraining_and_waits(screening):
     trained, records = kit.trained(), kit.records()
     request = Request.remove(kit.picked(size=SIZE)[0].ids, key="k", asked_by="somebody")
@@ -290,6 +312,24 @@ def test_the_trained_rows_of_a_mixed_request_are_carried_out():
     assert decision.request.asked_by == "me"
     assert "never trained" in decision.reasons[0]
     decision.request.split(records)
+
+
+def test_a_replacement_of_some_rows_that_were_never_trained_on_is_judged_row_by_row():
+    trained, records = kit.trained("softmax"), kit.records()
+    part = replace(trained, ids=frozenset(records.ids[:400]))
+    request = Request.replace_rows(
+        [records.ids[450], *records.ids[:3]], 1 - records.x[[450, 0, 1, 2]], records.y[[450, 0, 1, 2]]
+    )
+    decision = defend(part, records, request, draws=20, rng=generator(0))
+    assert decision.request.ids == records.ids[:3]
+    assert any("never trained" in line for line in decision.reasons)
+    plain = defend(part, records, understand(part, records, request).trained.request(), draws=20, rng=generator(0))
+    lone = understand(part, records, Request.remove([records.ids[450]]))
+    desk = Desk(default_screens(), part, records, seed=generator(0).initial_seed())
+    for name, judged in decision.judgements.items():
+        assert [one.record for one in judged] == [*records.ids[:3], records.ids[450]]
+        assert [one.score for one in judged[:3]] == [one.score for one in plain.judgements[name]]
+        assert judged[3].score == desk.judgements(lone)[name][0].score
 
 
 def test_an_empty_request_is_the_identity_and_an_unknown_one_an_error():

@@ -8,12 +8,15 @@ from expunge.attack.camouflage import Camouflage
 from expunge.attack.evading import Evading, Evasion
 from expunge.attack.judge import Judge
 from expunge.attack.knowledge import Queries, Surrogate, White
-from expunge.attack.perturb import PerturbRequests, ReplaceRequests
+from expunge.attack.perturb import PerturbRequests
+from expunge.attack.reaction import Reaction
+from expunge.attack.remembered import victims
+from expunge.attack.replace import ReplaceRequests
 from expunge.attack.select import SelectRequests
 from expunge.attack.sequential import SequentialRequests
 from expunge.attack.slow_down import SlowDown
 from expunge.attack.strangers import Strangers, naive
-from expunge.attack.victim import Reaction, Victim, victims
+from expunge.attack.victim import Victim
 
 __all__ = [
     "Camouflage",

@@ -38,7 +38,11 @@ def adversarial_loss(out: Float[Tensor, "n classes"], target: Target) -> Float[T
 
 
 def check_target(target: Target, records: Records) -> None:
-    """Misuse for a target that no model of these records can be asked about, or that is reached already."""
+    """Misuse for a target that no model of these records can be asked about, or that wants the true class.
+
+    Rows must be stored as the records are, for pixels are scaled when they are read and floats are not; floats of
+    another width pass.
+    """
     if records.classes is None:
         raise Misuse("attacks aim at classes, and these records have float targets; there is no class to turn them to")
     if tuple(target.x.shape[1:]) != records.shape:
@@ -46,10 +50,19 @@ def check_target(target: Target, records: Records) -> None:
             f"the target's rows have shape {tuple(target.x.shape[1:])}, the records {records.shape}; give rows as the "
             "records hold them"
         )
+    kind = records.select([0]).x.dtype
+    if target.x.dtype != kind and not (kind.is_floating_point and target.x.is_floating_point()):
+        raise Misuse(
+            f"the target's rows are stored as {target.x.dtype}, the records as {kind}; give them as records do"
+        )
+    if target.x.is_floating_point() and not bool(target.x.isfinite().all()):
+        raise Misuse("the target's rows hold numbers that are not finite; no model can be asked about them")
     labels = [target.y] if target.wanted is None else [target.y, target.wanted]
     for one in labels:
         if len(one) != len(target.x) or not len(one):
             raise Misuse(f"a target needs one label a row, got {len(one)} for {len(target.x)} rows")
+        if one.dtype is not torch.int64:
+            raise Misuse(f"a target's labels must be int64, got {one.dtype}")
         if int(one.min()) < 0 or int(one.max()) >= records.classes:
             raise Misuse(f"a target's classes run from 0 to {records.classes - 1}, got {one.tolist()}")
     if target.wanted is not None and bool((target.wanted == target.y).any()):

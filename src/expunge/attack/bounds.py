@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expunge.core.errors import Unsupported
+from expunge.core.errors import Misuse, Unsupported
 from expunge.core.records import Records
 from expunge.learn.loop import prepare
 
@@ -33,7 +33,7 @@ class Bounds:
         x = records.x
         if x.dtype is torch.uint8:
             return cls(low=x.min(), high=x.max())
-        if not x.is_floating_point():
+        if not movable(x):
             raise Unsupported(f"rows of {x.dtype} cannot be moved a little; use SelectRequests")
         return cls(low=x.amin(0), high=x.amax(0))
 
@@ -51,3 +51,62 @@ class Bounds:
             return moved.to(torch.uint8)
         moved = torch.minimum(torch.maximum(x.to(old.dtype), old - eps), old + eps)
         return torch.minimum(torch.maximum(moved, self.low), self.high)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Box:
+    """Where some rows may be moved to, as the model reads them: unlike `Bounds` with all 256 levels of a pixel.
+
+    Attributes:
+        start: where they are.
+        low: least values.
+        high: greatest values.
+        eps: the most that an entry may change; of pixels a whole number of levels, so that rounding stays within.
+        kind: how they are stored.
+    """
+
+    start: Tensor
+    low: Tensor
+    high: Tensor
+    eps: float
+    kind: torch.dtype
+
+    @classmethod
+    def of(cls, rows: Records, everything: Records, eps: float, dtype: torch.dtype) -> Box:
+        """Of rows that a model of this dtype reads, within the range that each column of floats has in all records.
+
+        Raises:
+            Misuse: for pixels and an `eps` below one level.
+        """
+        start, x = prepare(rows.x, dtype), everything.x
+        if x.dtype is torch.uint8:
+            eps = _whole_levels(eps)
+            bounds = Bounds(low=torch.zeros_like(x[0]), high=torch.full_like(x[0], 255))
+        else:
+            bounds = Bounds(low=x.amin(0), high=x.amax(0))
+        low, high = bounds.around(start, eps)
+        return cls(start=start, low=low, high=high, eps=eps, kind=x.dtype)
+
+    def clipped(self, x: Tensor) -> Tensor:
+        """The nearest rows within."""
+        return torch.maximum(torch.minimum(x, self.high), self.low)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """As they will be read again."""
+        return (x * 255).round() / 255 if self.kind is torch.uint8 else x
+
+    def stored(self, x: Tensor) -> Tensor:
+        """As they are stored."""
+        return (x * 255).round().to(torch.uint8) if self.kind is torch.uint8 else x.to(self.kind)
+
+
+def movable(x: Tensor) -> bool:
+    """Whether rows stored so can be moved a little: pixels and floats, but no tokens."""
+    return x.is_floating_point() or x.dtype is torch.uint8
+
+
+def _whole_levels(eps: float) -> float:
+    levels = math.floor(eps * 255 + _SLACK)
+    if levels < 1:
+        raise Misuse(f"eps must be at least one level of a pixel, 1/255, got {eps}; raise it")
+    return levels / 255

@@ -13,7 +13,6 @@ Source: after Di et al. (Hidden Poison) and Geiping et al. (2021, gradient match
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -22,8 +21,9 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from expunge.attack.aim import check_target
+from expunge.attack.bounds import Box, movable
+from expunge.attack.curvature import input_gradient
 from expunge.calculus import Objective
-from expunge.calculus.objective import second_derivatives
 from expunge.core.coins import child, seed_of
 from expunge.core.errors import Misuse, Unsupported
 from expunge.core.protocols import Method, Target
@@ -135,7 +135,7 @@ class Camouflage:
         count = self.poison if kind == "poison" else self.camouflage
         wanted = [objective.gradient(_read(target.x, objective), label) for objective in models]
         rows = _nearest(records.of_class(int(label[0])), count, models, wanted, child(rng, kind, "rows"))
-        box = _Box.of(rows, records, self.eps, models[0].vector().dtype)
+        box = Box.of(rows, records, self.eps, models[0].vector().dtype)
         tried = [
             self._matched(rows, box, models, wanted, restart, child(rng, kind, "restart", restart))
             for restart in range(self.restarts)
@@ -147,7 +147,7 @@ class Camouflage:
     def _matched(
         self,
         rows: Records,
-        box: _Box,
+        box: Box,
         models: Sequence[Objective],
         wanted: Sequence[Tensor],
         restart: int,
@@ -170,7 +170,10 @@ class Camouflage:
 
 
 def mismatch(x: Tensor, y: Tensor, models: Sequence[Objective], wanted: Sequence[Tensor]) -> float:
-    """``1 - cos`` of the rows' summed gradient and the wanted one, a mean over models: 0 is a match, 2 the opposite."""
+    """``1 - cos`` of the rows' summed gradient and the wanted one, a mean over models: 0 is a match, 2 the opposite.
+
+    `descend.Matching` is the same for one model; the two round otherwise, and a step by the gradient's sign would tell.
+    """
     found = [
         1 - torch.nn.functional.cosine_similarity(objective.gradient(x, y), goal, dim=0)
         for objective, goal in zip(models, wanted, strict=True)
@@ -187,57 +190,11 @@ def mismatch_gradient(
     """
     total = torch.zeros_like(x)
     for objective, goal in zip(models, wanted, strict=True):
-        here, own = objective.vector(), objective.gradient(x, y)
+        own = objective.gradient(x, y)
         length, unit = own.norm().clamp_min(1e-30), goal / goal.norm().clamp_min(1e-30)
         q = (unit - torch.dot(unit, own) / length**2 * own) / length
-        with second_derivatives():
-            total -= torch.func.grad(lambda rows, o=objective, at=here, v=q: _along(o, rows, y, at, v))(x)
+        total -= input_gradient(objective, x, y, q)
     return total / len(models)
-
-
-def _along(objective: Objective, x: Tensor, y: Tensor, at: Tensor, v: Tensor) -> Tensor:
-    lost: Tensor = torch.func.jvp(lambda vector: objective.losses(x, y, vector), (at,), (v,))[1]
-    return lost.sum()
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Box:
-    """Where rows may be moved to: within eps of where they are, and within the values of the data."""
-
-    start: Tensor
-    low: Tensor
-    high: Tensor
-    eps: float
-    kind: torch.dtype
-
-    @classmethod
-    def of(cls, rows: Records, everything: Records, eps: float, dtype: torch.dtype) -> _Box:
-        whole = rows.x
-        pixels = whole.dtype is torch.uint8
-        if pixels:
-            eps = math.floor(eps * 255 + 1e-9) / 255
-            if not eps:
-                raise Misuse("eps must be at least one level of a pixel, 1/255; raise it")
-        start = prepare(whole, dtype)
-        low = torch.zeros_like(start[0]) if pixels else everything.x.amin(0).to(dtype)
-        high = torch.ones_like(start[0]) if pixels else everything.x.amax(0).to(dtype)
-        return cls(
-            start=start,
-            low=torch.maximum(start - eps, low),
-            high=torch.minimum(start + eps, high),
-            eps=eps,
-            kind=whole.dtype,
-        )
-
-    def clipped(self, x: Tensor) -> Tensor:
-        return torch.maximum(torch.minimum(x, self.high), self.low)
-
-    def rounded(self, x: Tensor) -> Tensor:
-        """As it will be read again; the bounds are whole levels, so that rounding stays within them."""
-        return (x * 255).round() / 255 if self.kind is torch.uint8 else x
-
-    def stored(self, x: Tensor) -> Tensor:
-        return (x * 255).round().to(torch.uint8) if self.kind is torch.uint8 else x.to(self.kind)
 
 
 def _nearest(
@@ -271,7 +228,7 @@ def _check(attack: Camouflage, records: Records, target: Target) -> None:
     if len(target.x) != 1:
         raise Misuse(f"camouflage is made for one target row, got {len(target.x)}; contribute for each by itself")
     x = records.select([0]).x
-    if not (x.is_floating_point() or x.dtype is torch.uint8):
+    if not movable(x):
         raise Unsupported("tokens cannot be changed by a little; use requests that select rows")
     if attack.owner in records.owners:
         raise Misuse(f'owner "{attack.owner}" is in the records already; name another')

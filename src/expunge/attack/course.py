@@ -15,12 +15,13 @@ ever differentiated through the steps. By m_ti it is :math:`\langle\nabla\ell_i(
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from expunge.attack.curvature import input_gradient
 from expunge.attack.victim import Victim
 from expunge.calculus.objective import second_derivatives
 from expunge.core.errors import Misuse
@@ -40,6 +41,14 @@ class Plan:
 
     weights: Float[Tensor, "steps n"]
     moved: Tensor | None = None
+
+    def only(self, rows: Tensor) -> Plan:
+        """What is asked of these rows."""
+        return Plan(weights=self.weights[:, rows], moved=None if self.moved is None else self.moved[:, rows])
+
+    def cut(self, steps: slice) -> Plan:
+        """What is asked at these steps."""
+        return Plan(weights=self.weights[steps], moved=None if self.moved is None else self.moved[steps])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,6 +95,11 @@ class Course:
         for step in range(len(plan.weights)):
             states.append(self.step(scenario, step, states[-1], plan))
         return states
+
+    def advanced(self, now: Plan) -> Course:
+        """The way from behind the first step, at which this was asked; of each scenario as it is predicted."""
+        starts = [self.step(scenario, 0, start, now) for scenario, start in enumerate(self.starts)]
+        return replace(self, starts=starts, benign=[steps[1:] for steps in self.benign])
 
     def value(self, target: Target, plan: Plan) -> float:
         """The adversary's loss at the end and, weighted, on the way; the mean over scenarios."""
@@ -154,14 +168,7 @@ class Course:
 
     def input_gradient(self, x: Tensor, rows: Tensor, at: Tensor, v: Tensor, weights: Tensor) -> Tensor:
         """By x, of the weighted sum of ``<gradient of the loss at x, v>``; x stands in for these rows."""
-        losses, y = self.victim.objective.losses, self.y[rows]
-
-        def along(moved: Tensor) -> Tensor:
-            return torch.dot(weights, torch.func.jvp(lambda vector: losses(moved, y, vector), (at,), (v,))[1])
-
-        with second_derivatives():
-            gradient: Tensor = torch.func.grad(along)(x)
-        return gradient
+        return input_gradient(self.victim.objective, x, self.y[rows], v, at=at, weights=weights)
 
 
 def assigned(costs: Float[Tensor, "steps n"], free: Tensor, per_step: int) -> Float[Tensor, "steps n"]:

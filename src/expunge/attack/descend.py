@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from expunge.attack.knowledge import Wish
 from expunge.attack.victim import Victim
 from expunge.core.coins import child
+from expunge.core.errors import Misuse
 
 
 class Aim(Protocol):
@@ -176,3 +177,11 @@ def guess(
         best = torch.where(better.reshape(-1, *[1] * (x.dim() - 1)), now, best)
         least = torch.where(better, after, least)
     return best
+
+
+def check_steps(eps: float, steps: int, restarts: int) -> None:
+    """Misuse for numbers that no descent can be made with."""
+    if not eps > 0:
+        raise Misuse(f"eps must be above 0, got {eps}; rows that may not move are asked about by SelectRequests")
+    if steps < 1 or restarts < 1:
+        raise Misuse(f"steps and restarts must be >= 1, got {steps} and {restarts}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -100,6 +101,12 @@ class Judge:
         """The exact method."""
         return self.retrain or (Sisa() if self.trained.parts else Retrain())
 
+    @cached_property
+    def _stands_on(self) -> Records:
+        """What an attacker makes rows from: not from rows held out, of which its target may be one."""
+        inside = self.records.where(lambda one, _: one in self.trained.ids)
+        return self.records if len(inside) == len(self.records) else inside
+
     def attempt(self, attack: Attack, target: Target, *, rng: torch.Generator) -> Attempt:
         """Let the attacker bring rows, train on them if it does, and let it file its requests, or none.
 
@@ -109,7 +116,7 @@ class Judge:
         """
         check_target(target, self.records)
         started = time.perf_counter()
-        brought = attack.contribute(self.records, target, rng=child(rng, "contribute"))
+        brought = attack.contribute(self._stands_on, target, rng=child(rng, "contribute"))
         seconds = time.perf_counter() - started
         records, trained = self.records, self.trained
         if brought is not None and len(brought):

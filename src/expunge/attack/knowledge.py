@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from expunge.attack.aim import adversarial_loss, check_target
-from expunge.attack.victim import Victim, victims
+from expunge.attack.remembered import victims
+from expunge.attack.victim import Victim
 from expunge.core.coins import child, generator
 from expunge.core.errors import Misuse
 from expunge.core.protocols import Method, Target

@@ -31,9 +31,11 @@ class SelectRequests:
 
     ``one-shot``: the rows with the most negative effect :math:`\langle\nabla\ell_i, B\nabla L\rangle`. ``greedy``: some
     at a time, the model refitted without those picked before the effects are computed again. ``relaxed``: deletions
-    :math:`m\in[0,1]^n` with :math:`\sum m = k` by projected gradient descent, the gradient exact at the minimum
-    :math:`\theta(1-m)`; rounded to the k largest, mended by swaps; and the best of these sets, the greedy and the
-    one-shot one by the loss that a refit without them gives.
+    :math:`m\in[0,1]^n` with :math:`\sum m = k` by projected gradient descent, the gradient by the implicit function
+    theorem at the minimum :math:`\theta(1-m)`, which is exact for a softmax regression of up to 512 parameters and no
+    more rows than the curvature is a mean over; above, the curvature is that with all rows, or of a sample of them.
+    Rounded to the k largest, mended by swaps; and the best of these sets, the greedy and the one-shot one by the loss
+    that a refit without them gives.
 
     A refit is exact retraining to convergence for a softmax regression (with the weight decay's share as it was when
     all rows were there), and one step for a network, where nothing says that retraining does the same. Real rows of

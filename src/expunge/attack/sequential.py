@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -10,8 +9,10 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
+from expunge.attack.bounds import Box, movable
 from expunge.attack.course import Course, Plan, assigned
-from expunge.attack.victim import Victim, victims
+from expunge.attack.remembered import victims
+from expunge.attack.victim import Victim
 from expunge.core.coins import child
 from expunge.core.errors import Misuse, Unsupported
 from expunge.core.protocols import Method, Target
@@ -95,9 +96,9 @@ class SequentialRequests:
         for step in range(self.horizon):
             if plan is None or self.replan:
                 plan = front.planned(self, target, child(rng, "plan", step))
-            now = _cut(plan, slice(0, 1))
+            now = plan.cut(slice(0, 1))
             filed.append(front.request(now))
-            front, plan = front.after(now), _cut(plan, slice(1, None))
+            front, plan = front.after(now), plan.cut(slice(1, None))
         return tuple(filed)
 
     def next_request(
@@ -115,7 +116,7 @@ class SequentialRequests:
         """
         rest = replace(self, horizon=left)
         front = _front(rest, trained, records, target, through, rng)
-        return front.request(_cut(front.planned(rest, target, child(rng, "plan", 0)), slice(0, 1)))
+        return front.request(front.planned(rest, target, child(rng, "plan", 0)).cut(slice(0, 1)))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -123,33 +124,30 @@ class _Front:
     """Where all models of one victim stand, and the rows that may be asked for from here on."""
 
     pool: Records
-    pixels: bool
-    x: Tensor
-    low: Tensor
-    high: Tensor
+    box: Box | None
     free: Tensor
     courses: tuple[Course, ...]
     mine: tuple[Tensor, ...]
 
     def after(self, now: Plan) -> _Front:
-        courses = tuple(_advanced(c, _of(now, rows)) for c, rows in zip(self.courses, self.mine, strict=True))
+        courses = tuple(course.advanced(now.only(rows)) for course, rows in zip(self.courses, self.mine, strict=True))
         return replace(self, courses=courses, free=self.free & (now.weights[0] < 0.5))
 
     def value(self, target: Target, plan: Plan) -> float:
         pairs = zip(self.courses, self.mine, strict=True)
-        return sum(course.victim.share * course.value(target, _of(plan, rows)) for course, rows in pairs)
+        return sum(course.victim.share * course.value(target, plan.only(rows)) for course, rows in pairs)
 
     def weight_gradient(self, target: Target, plan: Plan) -> Tensor:
         total = torch.zeros_like(plan.weights)
         for course, rows in zip(self.courses, self.mine, strict=True):
-            total[:, rows] = course.victim.share * course.weight_gradient(target, _of(plan, rows)).to(total)
+            total[:, rows] = course.victim.share * course.weight_gradient(target, plan.only(rows)).to(total)
         return total
 
     def planned(self, attack: SequentialRequests, target: Target, rng: Generator) -> Plan:
         left = len(self.courses[0].benign[0])
-        if attack.kind == "remove":
+        if self.box is None:
             return self._removals(attack, target, left)
-        return self._replacements(attack, target, left, rng)
+        return self._replacements(attack, target, self.box, left, rng)
 
     def _removals(self, attack: SequentialRequests, target: Target, left: int) -> Plan:
         relaxed = torch.zeros(left, len(self.pool), dtype=torch.float64)
@@ -162,21 +160,21 @@ class _Front:
         tried.append((self.value(target, Plan(weights=rounded)), rounded))
         return Plan(weights=min(tried, key=lambda one: one[0])[1])
 
-    def _replacements(self, attack: SequentialRequests, target: Target, left: int, rng: Generator) -> Plan:
+    def _replacements(self, attack: SequentialRequests, target: Target, box: Box, left: int, rng: Generator) -> Plan:
         weights = assigned(-self._powers(target, left), self.free, attack.per_step)
-        stay, eps = self.x.expand(left, *self.x.shape), self._radius(attack.eps)
+        stay, eps = box.start.expand(left, *box.start.shape), box.eps
         tried: list[tuple[float, Plan]] = []
         for restart in range(attack.restarts):
             coins = child(rng, "restart", restart)
-            noise = 2 * torch.rand(stay.shape, generator=coins, dtype=self.x.dtype) - 1
-            moved = self._boxed(stay + (eps * noise if restart else 0.0), eps)
+            noise = 2 * torch.rand(stay.shape, generator=coins, dtype=stay.dtype) - 1
+            moved = box.clipped(stay + (eps * noise if restart else 0.0))
             for _ in range(attack.rounds):
                 gradient = torch.zeros_like(moved)
                 for course, rows in zip(self.courses, self.mine, strict=True):
-                    part = course.moved_gradient(target, _of(Plan(weights=weights, moved=moved), rows))
+                    part = course.moved_gradient(target, Plan(weights=weights, moved=moved).only(rows))
                     gradient[:, rows] = part.to(gradient)
-                moved = self._boxed(moved - 2.5 * eps / attack.rounds * gradient.sign(), eps)
-            plan = Plan(weights=weights, moved=(moved * 255).round() / 255 if self.pixels else moved)
+                moved = box.clipped(moved - 2.5 * eps / attack.rounds * gradient.sign())
+            plan = Plan(weights=weights, moved=box.rounded(moved))
             tried.append((self.value(target, plan), plan))
         return min(tried, key=lambda one: one[0])[1]
 
@@ -192,27 +190,12 @@ class _Front:
                     found[step, rows[some]] = course.victim.share * gradient.flatten(1).abs().sum(1).double()
         return found
 
-    def _radius(self, eps: float) -> float:
-        """Pixels are stored in 256 levels, and stay within eps after rounding if eps is a whole number of them."""
-        if not self.pixels:
-            return eps
-        levels = math.floor(eps * 255 + 1e-9)
-        if levels < 1:
-            raise Misuse(f"eps must be at least one level of a pixel, 1/255, got {eps}")
-        return levels / 255
-
-    def _boxed(self, moved: Tensor, eps: float) -> Tensor:
-        near = torch.maximum(torch.minimum(moved, self.x + eps), self.x - eps)
-        return torch.maximum(torch.minimum(near, self.high), self.low)
-
     def request(self, now: Plan) -> Request:
         rows = (now.weights[0] > 0.5).nonzero().flatten()
         ids = [self.pool.ids[i] for i in rows.tolist()]
-        if now.moved is None:
+        if self.box is None or now.moved is None:
             return Request.remove(ids)
-        x = now.moved[0][rows]
-        stored = (x * 255).round().to(torch.uint8) if self.pixels else x.to(self.pool.x.dtype)
-        return Request.replace_rows(ids, stored, self.pool.y[rows])
+        return Request.replace_rows(ids, self.box.stored(now.moved[0][rows]), self.pool.y[rows])
 
 
 def _front(
@@ -224,16 +207,13 @@ def _front(
     need = attack.horizon * (attack.per_step + attack.benign)
     if len(here) <= need:
         raise Misuse(f"{attack.horizon} steps move {need} rows of {len(here)}; lower horizon, per_step or benign")
-    if attack.kind == "replace" and not (here.x.is_floating_point() or here.x.dtype is torch.uint8):
+    if attack.kind == "replace" and not movable(here.x):
         raise Unsupported("tokens cannot be changed by a little; use kind='remove'")
     strength = _strengths(attack, models, here, target)
     count = max(attack.horizon * attack.per_step, min(wanted, len(here) - attack.horizon * attack.benign))
     order = strength.argsort(stable=True)
     pool, others = here.select(order[:count].sort().values), here.select(order[count:].sort().values)
     scenarios = [_benign(others, attack, child(rng, "benign", number)) for number in range(attack.scenarios)]
-    x = prepare(pool.x, models[0].dtype)
-    everything = prepare(here.x, models[0].dtype)
-    pixels = pool.x.dtype is torch.uint8
     courses, mine = [], []
     for victim in models:
         rows = torch.tensor([i for i, name in enumerate(pool.ids) if name in victim.records], dtype=torch.int64)
@@ -241,10 +221,7 @@ def _front(
         courses.append(_course(attack, victim, pool.select(rows), scenarios))
     return _Front(
         pool=pool,
-        pixels=pixels,
-        x=x,
-        low=torch.zeros_like(x[0]) if pixels else everything.amin(0),
-        high=torch.ones_like(x[0]) if pixels else everything.amax(0),
+        box=Box.of(pool, here, attack.eps, models[0].dtype) if attack.kind == "replace" else None,
         free=torch.ones(len(pool), dtype=torch.bool),
         courses=tuple(courses),
         mine=tuple(mine),
@@ -287,16 +264,3 @@ def _strengths(attack: SequentialRequests, models: Sequence[Victim], here: Recor
 def _benign(others: Records, attack: SequentialRequests, rng: Generator) -> list[Records]:
     drawn = torch.randperm(len(others), generator=rng)
     return [others.select(drawn[t * attack.benign : (t + 1) * attack.benign]) for t in range(attack.horizon)]
-
-
-def _of(plan: Plan, rows: Tensor) -> Plan:
-    return Plan(weights=plan.weights[:, rows], moved=None if plan.moved is None else plan.moved[:, rows])
-
-
-def _cut(plan: Plan, steps: slice) -> Plan:
-    return Plan(weights=plan.weights[steps], moved=None if plan.moved is None else plan.moved[steps])
-
-
-def _advanced(course: Course, now: Plan) -> Course:
-    starts = [course.step(scenario, 0, start, now) for scenario, start in enumerate(course.starts)]
-    return replace(course, starts=starts, benign=[steps[1:] for steps in course.benign])

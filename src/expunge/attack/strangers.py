@@ -9,6 +9,7 @@ import torch
 from torch import Generator
 
 from expunge.attack.aim import check_target
+from expunge.attack.bounds import movable
 from expunge.core.coins import child
 from expunge.core.errors import Misuse, Unsupported
 from expunge.core.protocols import Method, Target
@@ -58,7 +59,7 @@ class Strangers:
         rows = torch.arange(self.count) % len(target.x)
         x, kind = target.x[rows], target.x.dtype
         if self.noise:
-            if not (kind.is_floating_point or kind is torch.uint8):
+            if not movable(x):
                 raise Unsupported("tokens cannot be changed by a little; use noise=0")
             scale = 255.0 if kind is torch.uint8 else 1.0
             coins = child(rng, "noise")

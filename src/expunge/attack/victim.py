@@ -12,29 +12,25 @@ row i leaves, whatever the unlearner: one solve a target, one pass over the rows
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from expunge.attack.aim import adversarial_loss, check_target
+from expunge.attack.aim import adversarial_loss
+from expunge.attack.curvature import input_gradient, softmax_curvature
+from expunge.attack.reaction import Reaction, softmax_layer
+from expunge.attack.refit import minimum, summed_gradient
 from expunge.calculus import Objective, conjugate_gradients, dense, mean_eigenvalue
-from expunge.calculus.head import HeadObjective
-from expunge.calculus.objective import second_derivatives
 from expunge.core.coins import child, generator, order
 from expunge.core.errors import Misuse, Unsupported
 from expunge.core.protocols import Method, Target
 from expunge.core.records import Records
 from expunge.core.trained import Trained
 from expunge.learn.loop import prepare, row_losses
-from expunge.learn.networks import SoftmaxRegression
-
-Order = Literal["first", "second"]
 
 _BATCH = 2048
 _DENSE = 8192
@@ -43,37 +39,9 @@ _FEW = 512
 """Parameters up to which it is factored anew at every point."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Reaction:
-    """How an unlearner moves the parameters; see the module.
-
-    Attributes:
-        order: ``first`` or ``second``.
-        rate: tau, for ``first``.
-        damping: for ``second``: added to H, in mean eigenvalues of H; networks need some, convex heads none.
-    """
-
-    order: Order = "second"
-    rate: float = 1.0
-    damping: float = 0.0
-
-    @classmethod
-    def of(cls, method: Method, trained: Trained) -> Reaction:
-        """What an attacker expects of this method.
-
-        Gradient ascent is first order: each row's gradient is stepped along `epochs` times, divided by the batch.
-        Everything else is taken for what it tries to be, a way to the minimum on the retained rows. A guess for
-        whatever stops on the way there: that is why a judge measures on the method itself.
-        """
-        if type(method).__name__ == "GradientAscent":
-            batch = getattr(method, "batch_size", None) or trained.recipe.batch_size
-            return cls(order="first", rate=getattr(method, "epochs", 1) * getattr(method, "lr", 0.1) / batch)
-        return cls(damping=0.0 if _linear(trained.module) is not None else 1.0)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Victim:
-    """One model under attack. Make one with `Victim.of`; of a sharded model `victims` gives one a shard.
+    """One model under attack. Make one with `Victim.of`; of a sharded model `remembered.victims` gives one a shard.
 
     Attributes:
         module: in evaluation mode; its own copy.
@@ -154,8 +122,6 @@ class Victim:
         x, y = self.rows
         yield from zip(x.split(_BATCH), y.split(_BATCH), strict=True)
 
-    # ---- the adversary's loss
-
     def loss(self, target: Target, at: Tensor | None = None) -> Tensor:
         """The adversary's loss at these parameters, the model's own if None."""
         here = self.objective.vector() if at is None else at
@@ -166,8 +132,6 @@ class Victim:
         here = self.objective.vector() if at is None else at
         gradient: Tensor = torch.func.grad(lambda vector: self.loss(target, vector))(here)
         return gradient
-
-    # ---- how the unlearner answers
 
     def answer(self, v: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
         """``B v``: how the parameters move when rows whose gradients sum to v leave. B is symmetric."""
@@ -188,17 +152,7 @@ class Victim:
 
     def input_gradient(self, x: Tensor, y: Tensor, v: Float[Tensor, " p"]) -> Tensor:
         """By the inputs, as the model reads them: the gradient of ``sum_i <gradient of row i, v>``."""
-        here = self.objective.vector()
-
-        def along(rows: Tensor) -> Tensor:
-            lost: Tensor = torch.func.jvp(lambda vector: self.objective.losses(rows, y, vector), (here,), (v,))[1]
-            return lost.sum()
-
-        with second_derivatives():
-            gradient: Tensor = torch.func.grad(along)(x)
-        return gradient
-
-    # ---- the curvature
+        return input_gradient(self.objective, x, y, v)
 
     @property
     def gradient(self) -> Float[Tensor, " p"]:
@@ -255,42 +209,20 @@ class Victim:
         return factor
 
     def _matrix(self) -> Tensor:
-        linear = _linear(self.module)
-        if linear is None:
+        layer = softmax_layer(self.module)
+        if layer is None:
             return dense(self.curvature, self.objective.size, self.objective.vector())
-        x, y, weights = self._sampled
-        features = torch.cat([x.reshape(len(x), -1).double(), torch.ones(len(x), 1, dtype=torch.float64)], 1)
-        if self.objective.size <= _FEW:
-            return self._weighted_matrix(x, features, weights.double())
-        head = HeadObjective(
-            features,
-            y,
-            outputs=linear.out_features,
-            weight_decay=0.0,
-            keep=weights >= 0.5,
-        )
-        w = torch.cat([linear.weight.detach(), linear.bias.detach()[:, None]], 1).double()
-        whole = head.hessian(w) * (head.count / len(x))
-        whole.diagonal().add_(self.weight_decay)
-        own = _weights_then_biases(*w.shape)
-        return whole[own][:, own]
+        return softmax_curvature(layer, self.objective, self._sampled, weight_decay=self.weight_decay, exact=self.few)
 
-    def _weighted_matrix(self, x: Tensor, features: Tensor, weights: Tensor) -> Tensor:
-        """The exact Hessian of a small linear model, rows weighted by any number."""
-        p = torch.softmax(self.objective.outputs(self.objective.vector(), x).double(), 1)
-        slopes = (torch.diag_embed(p) - p[:, :, None] * p[:, None]) * weights[:, None, None]
-        blocks = torch.einsum("nab,ni,nj->aibj", slopes, features, features) / len(x)
-        whole = blocks.reshape(self.objective.size, self.objective.size)
-        whole.diagonal().add_(self.weight_decay)
-        own = _weights_then_biases(p.shape[1], features.shape[1])
-        return whole[own][:, own]
-
-    # ---- other weights
+    @property
+    def few(self) -> bool:
+        """Whether the parameters are so few that the curvature is factored anew at every point."""
+        return self.objective.size <= _FEW
 
     @property
     def retrains(self) -> bool:
         """Whether a refit is exact retraining: of a softmax regression, whose unlearner is not of first order."""
-        return _linear(self.module) is not None and self.reaction.order == "second"
+        return softmax_layer(self.module) is not None and self.reaction.order == "second"
 
     @cached_property
     def settled(self) -> Victim:
@@ -311,47 +243,17 @@ class Victim:
         """
         goal = (1e-10 if self.dtype == torch.float64 else 1e-5) if tolerance is None else tolerance
         weights = weights.to(self.dtype)
-        if not self.retrains:
-            return self._step(weights)
-        now = self._moved(self.objective.vector(), weights, fresh=self.objective.size <= _FEW)
-        left = now.gradient
-        pairs: list[tuple[Tensor, Tensor]] = []
-        for _ in range(most):
-            if float(left.norm()) <= goal:
-                return now
-            step = -now.solve(left) if now.objective.size <= _FEW else -_two_loops(left, pairs, now.solve)
-            now, after, taken = now._shorter(step, left)
-            if float(torch.dot(after - left, taken)) > 0:
-                pairs = [*pairs[-9:], (taken, after - left)]
-            left = after
-        raise Misuse(
-            f"after {most} steps the gradient is {float(left.norm()):.2g}, above {goal:g}; raise most or tolerance"
-        )
-
-    def _step(self, weights: Tensor) -> Victim:
-        before = torch.ones_like(weights) if self.weights is None else self.weights.to(weights)
-        change, total, start = before - weights, torch.zeros_like(self.objective.vector()), 0
+        if self.retrains:
+            return minimum(self._moved(self.objective.vector(), weights, fresh=self.few), goal=goal, most=most)
+        change = (torch.ones_like(weights) if self.weights is None else self.weights.to(weights)) - weights
         if not bool(change.any()):
             return self
-        for x, y in self.batches():
-            some = change[start : start + len(x)]
-            start += len(x)
-            moved = some.nonzero().flatten()
-            if len(moved):
-                total += self.objective.gradient(x[moved], y[moved], weights=some[moved])
-        few = self.objective.size <= _FEW
-        return self._moved(self.objective.vector() + self.answer(total), weights, fresh=few)
+        leaving = summed_gradient(self.objective, self.batches(), change)
+        return self._moved(self.objective.vector() + self.answer(leaving), weights, fresh=self.few)
 
-    def _shorter(self, step: Tensor, left: Tensor) -> tuple[Victim, Tensor, Tensor]:
-        """The victim after this step, halved until the gradient does not double."""
-        here, few = self.objective.vector(), self.objective.size <= _FEW
-        for _ in range(10):
-            there = self._moved(here + step, self.weights, fresh=few)
-            after = there.gradient
-            if float(after.norm()) <= 2 * float(left.norm()):
-                break
-            step = step / 2
-        return there, after, step
+    def stepped(self, step: Float[Tensor, " p"]) -> Victim:
+        """The victim this far from here, at the same weights; of few parameters its curvature is that of there."""
+        return self._moved(self.objective.vector() + step, self.weights, fresh=self.few)
 
     def at(self, vector: Float[Tensor, " p"]) -> Victim:
         """The victim at these parameters, its curvature as it is here."""
@@ -373,65 +275,3 @@ class Victim:
         shared = ("rows",) if fresh else ("rows", "_factor", "_unit")
         other.__dict__.update({name: self.__dict__[name] for name in shared if name in self.__dict__})
         return other
-
-
-def victims(
-    trained: Trained, records: Records, target: Target, through: Method, *, curvature_rows: int | None = 4096
-) -> tuple[Victim, ...]:
-    """The attacker's view of a model: one victim, or one for each shard that has rows.
-
-    Those of the last two models are remembered while the model and the records live, with what they have computed, so
-    that many targets on one model cost one factor of its curvature. Do not write to a model between two calls.
-
-    Raises:
-        Misuse: for a target that these records' models cannot be asked about.
-    """
-    check_target(target, records)
-    return _remembered(trained, records, through, curvature_rows)
-
-
-_Kept = WeakKeyDictionary[Records, dict[tuple[tuple[Reaction, ...], int | None], tuple[Victim, ...]]]
-_KEPT: WeakKeyDictionary[Trained, _Kept] = WeakKeyDictionary()
-
-
-def _remembered(trained: Trained, records: Records, through: Method, rows: int | None) -> tuple[Victim, ...]:
-    parts = [part for part in trained.parts if part.ids] or [trained]
-    reactions = tuple(Reaction.of(through, part) for part in parts)
-    of_model = _KEPT.pop(trained, None)
-    of_model = WeakKeyDictionary() if of_model is None else of_model
-    _KEPT[trained] = of_model  # the last in the order, so that the oldest goes first
-    for oldest in list(_KEPT.keys())[:-2]:
-        _KEPT.pop(oldest, None)
-    known = of_model.setdefault(records, {})
-    if (reactions, rows) not in known:
-        pairs = zip(parts, reactions, strict=True)
-        views = (Victim.view(part, records, reaction, curvature_rows=rows) for part, reaction in pairs)
-        known[reactions, rows] = tuple(replace(one, share=1 / len(parts)) for one in views)
-    return known[reactions, rows]
-
-
-def _two_loops(
-    v: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], first: Callable[[Tensor], Tensor]
-) -> Float[Tensor, " p"]:
-    """L-BFGS's inverse curvature times `v` (Nocedal, 1980), starting from `first`."""
-    rest, shares = v, []
-    for moved, changed in reversed(pairs):
-        shares.append(torch.dot(moved, rest) / torch.dot(moved, changed))
-        rest = rest - shares[-1] * changed
-    answer = first(rest)
-    for (moved, changed), share in zip(pairs, reversed(shares), strict=True):
-        answer = answer + (share - torch.dot(changed, answer) / torch.dot(moved, changed)) * moved
-    return answer
-
-
-def _weights_then_biases(outputs: int, width: int) -> Tensor:
-    """Places in a matrix laid out row after row, biases last, in the order of a linear layer's parameters."""
-    places = torch.arange(outputs * width).reshape(outputs, width)
-    return torch.cat([places[:, :-1].reshape(-1), places[:, -1]])
-
-
-def _linear(module: nn.Module) -> nn.Linear | None:
-    """The one layer of a softmax regression."""
-    if isinstance(module, SoftmaxRegression):
-        return module.head
-    return module if type(module) is nn.Linear and module.bias is not None else None

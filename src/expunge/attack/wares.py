@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expunge.attack.victim import victims
+from expunge.attack.remembered import victims
 from expunge.core.errors import Misuse
 from expunge.core.protocols import Method, Target
 from expunge.core.records import Records

@@ -95,11 +95,11 @@ class Screening:
 
     def desk(self, trained: Trained, records: Records) -> Desk:
         """The screens that have looked at the model; they look once, and anew if read from JSON."""
+        if trained.digest() != self.model:  # of the same object too: its module may have been changed in place
+            raise Misuse("the screens were calibrated on another model; calibrate them on this one")
         for desk in self._desks:
             if desk.scene.trained is trained and desk.scene.records is records:
                 return desk
-        if trained.digest() != self.model:
-            raise Misuse("the screens were calibrated on another model; calibrate them on this one")
         self._desks[:] = [Desk(self.screens, trained, records, seed=self.looked)]
         return self._desks[0]
 

@@ -44,6 +44,7 @@ def p_values(benign: Tensor, found: Tensor) -> tuple[Tensor, float]:
     each = torch.empty_like(pool)
     for column in range(pool.shape[1]):
         ordered = pool[:, column].sort().values
-        each[:, column] = (total - torch.searchsorted(ordered, pool[:, column].contiguous())) / total
+        above = total - torch.searchsorted(ordered, pool[:, column].contiguous())
+        each[:, column] = above.double() / total  # whole numbers would be divided in float32, and 1/20 be above .05
     least = each.min(1).values
     return each[-1], int((least <= least[-1]).sum()) / total

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Generator, Tensor
@@ -73,9 +73,12 @@ class Sieve(ABC):
 
 
 def told(reader: Reader, asked: Asked) -> tuple[Judged, ...]:
-    """What a reader measures, row by row."""
+    """What a reader measures, row by row. Of a replacement the rows never trained on are measured apart, as removed."""
     if not len(asked):
         return ()
+    if asked.new is not None and asked.strangers is not None:
+        strangers = replace(asked, ids=(), places=asked.places[:0], new=None)
+        return told(reader, asked.trained) + told(reader, strangers)
     found = reader(asked)
     rows = zip(asked.names, found.rows.tolist(), found.flagged.tolist(), strict=True)
     return tuple(

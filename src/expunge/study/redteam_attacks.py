@@ -12,7 +12,8 @@ from torch import Generator
 from expunge.attack.camouflage import Camouflage
 from expunge.attack.evading import Evading
 from expunge.attack.knowledge import Queries, Surrogate
-from expunge.attack.perturb import PerturbRequests, ReplaceRequests
+from expunge.attack.perturb import PerturbRequests
+from expunge.attack.replace import ReplaceRequests
 from expunge.attack.select import SelectRequests
 from expunge.attack.sequential import SequentialRequests
 from expunge.attack.slow_down import SlowDown
