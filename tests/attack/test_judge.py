@@ -18,6 +18,7 @@ from expunge.core.errors import Misuse
 from expunge.core.protocols import Judgement, Target
 from expunge.core.records import Records
 from expunge.testing.case import digits
+from tests.screen.liars import ReadsLabels
 
 SOFTMAX = Recipe(
     model="softmax", epochs=40, batch_size=480, weight_decay=1e-2, optimiser_args={"lr": 0.2, "momentum": 0.9}
@@ -402,7 +403,7 @@ def test_pairs_are_of_targets_with_seeds_averaged_within():
     found = Measured(tried=(Tried(attack="x", target=0, budget=1, outcomes=tuple(outs)),) * 3)
     assert found.difference("through", "random").value == 2.0
     assert found.difference("through", "random").n == 3
-    assert found.hits("through", "attack").interval.endswith("seeds")
+    assert "over units" in found.hits("through", "attack").interval
 
 
 # ---- screens
@@ -484,6 +485,15 @@ def test_a_screen_that_reads_the_answers_looks_perfect_until_they_are_taken_away
     assert found.power.value == 1
     assert found.false_alarms.value == 0
     assert found.changed == len(exam[0]) + len(exam[1])
+
+
+def test_a_screen_that_knows_the_tests_rows_by_their_ids_is_exposed(exam):
+    malicious = frozenset(frozenset(one.request.ids) for one in exam[0])
+    found = examine(ReadsLabels(malicious=malicious), *exam, rng=generator(0))
+    assert found.power.value == 1
+    assert found.false_alarms.value == 0
+    assert found.renamed == len(exam[0])
+    assert [line.partition(":")[0] for line in found.exposed] == ["reads record ids"]
 
 
 def test_an_exam_without_requests_is_none(exam):

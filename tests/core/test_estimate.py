@@ -2,11 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 from scipy import stats
 
 from expunge import Estimate, Misuse
-from expunge.core.estimate import mean, proportion
+from expunge.core.estimate import mean, proportion, share
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 1), (1, 1), (0, 20), (20, 20), (27, 30), (488, 500), (9750, 10000)])
@@ -57,3 +58,26 @@ def test_printing_and_json() -> None:
     assert f"{e:.2f}" == "0.96 (0.95 to 0.97)"
     assert str(e) == "0.964 (0.951 to 0.975)"
     assert Estimate.from_json(e.to_json()) == e
+
+
+@pytest.mark.parametrize("k", range(0, 13, 3))
+def test_a_share_of_zeros_and_ones_is_a_proportion(k: int) -> None:
+    ours, theirs = share(float(k), 12), proportion(k, 12)
+    assert (ours.value, ours.low, ours.high) == pytest.approx((theirs.value, theirs.low, theirs.high), abs=1e-12)
+
+
+def test_a_share_of_broken_numbers_covers_at_its_level_or_more() -> None:
+    rng = np.random.default_rng(7)
+    for p in (0.02, 0.3, 0.6):
+        sums = rng.binomial(3, p, size=(2000, 30)).sum(1) / 3
+        inside = [found.low <= p <= found.high for found in (share(float(total), 30) for total in sums)]
+        assert np.mean(inside) >= 0.95
+
+
+def test_no_hit_at_any_seed_is_no_certainty() -> None:
+    assert share(0.0, 30).high == pytest.approx(1 - 0.025 ** (1 / 30))
+
+
+def test_a_share_outside_its_range_is_refused() -> None:
+    with pytest.raises(Misuse, match="0 <= total <= n"):
+        share(3.1, 3)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Generator
 
-from expunge.core.coins import child
+from expunge.core.coins import child, seed_of
 from expunge.core.errors import Misuse
 from expunge.core.estimate import Estimate, proportion
 from expunge.core.records import Records
@@ -41,6 +41,7 @@ class Exam:
         false_alarms: the same of requests in good faith.
         rate: false alarms that the screen states.
         changed: requests on which the decision changes with who asks, and under which key and date.
+        renamed: requests on which it changes when every record is called by another id.
         asked: requests in all.
     """
 
@@ -48,6 +49,7 @@ class Exam:
     false_alarms: Estimate
     rate: float
     changed: int
+    renamed: int
     asked: int
 
     @property
@@ -69,6 +71,10 @@ class Exam:
                 f"reads who asks: {self.changed} of {self.asked} decisions change with the name, key or dates of the "
                 "request, which say nothing of its rows"
             )
+        if self.renamed:
+            found.append(
+                f"reads record ids: {self.renamed} of {self.asked} decisions change when the same rows go by other ids"
+            )
         return tuple(found)
 
     @property
@@ -80,9 +86,10 @@ class Exam:
 def examine(
     decides: Decides, bad: Sequence[Filed], good: Sequence[Filed], *, rate: float = 0.05, rng: Generator
 ) -> Exam:
-    """Try a screen on requests whose faith is known, and again with all tags removed and exchanged.
+    """Try a screen on requests whose faith is known, again with all tags removed and exchanged, and under other ids.
 
-    A screen that reads who asks, and not what, is right on the first try and changes its mind on the others.
+    A screen that reads who asks, or which requests are the test's, is right on the first try and changes its mind on
+    the others.
 
     Args:
         decides: the screen or calibrated screening.
@@ -94,8 +101,8 @@ def examine(
     Raises:
         Misuse: if either side is empty.
 
-    Not guaranteed: that a screen which passes has seen no answer: record ids and owners are part of the data, and are
-    not exchanged here. Cost: every request is screened three times.
+    Not guaranteed: that a screen which passes has seen no answer: owners and contents are part of the data, and are not
+    exchanged here. Cost: every request is screened four times, on two looks at each model.
     """
     if not bad or not good:
         raise Misuse(f"an exam needs requests in bad faith and in good, got {len(bad)} and {len(good)}")
@@ -107,15 +114,42 @@ def examine(
         [alarmed(decides, one, _tagged(one.request, tag), child(rng, place)) for place, (one, tag) in enumerate(pairs)]
         for pairs in (list(zip(every, names, strict=True)) for names in tries)
     ]
-    first = answers[0]
+    first, other = answers[0], _Renaming()
+    renamed = [
+        alarmed(decides, one, one.request, child(rng, place)) for place, one in enumerate(other(one) for one in every)
+    ]
     changed = sum(len({said[place] for said in answers}) > 1 for place in range(len(every)))
     return Exam(
         power=proportion(sum(first[: len(bad)]), len(bad)),
         false_alarms=proportion(sum(first[len(bad) :]), len(good)),
         rate=rate,
         changed=changed,
+        renamed=sum(one != two for one, two in zip(first, renamed, strict=True)),
         asked=len(every),
     )
+
+
+class _Renaming:
+    """Files the same request about the same rows under other ids; owners stay, as the coins of reading hang on them."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], tuple[Filed, Trained, Records]] = {}
+
+    def __call__(self, filed: Filed) -> Filed:
+        key = (id(filed.trained), id(filed.records))
+        if key not in self._known:  # kept with what it was made of, so that no id is given to something else
+            records = filed.records
+            alike = Records(
+                records.x, records.y, tuple(map(_other_name, records.ids)), records.owners, classes=records.classes
+            )
+            self._known[key] = (filed, filed.trained.renamed(_other_name), alike)
+        _, trained, records = self._known[key]
+        ids = tuple(map(_other_name, filed.request.ids))
+        return Filed(trained=trained, records=records, request=replace(filed.request, ids=ids))
+
+
+def _other_name(record_id: str) -> str:
+    return f"row-{seed_of('exam', record_id):016x}"
 
 
 def alarmed(decides: Decides, filed: Filed, request: Request, rng: Generator) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from expunge.core.errors import Misuse
-from expunge.core.estimate import Estimate, mean, proportion
+from expunge.core.estimate import Estimate, mean, share
 
 Answer = Literal["my data", "my approximation", "both", "neither shown"]
 CONTROLS = ("random", "neighbours", "noise", "nothing", "clean")
@@ -144,20 +144,18 @@ class Measured:
         return mean(values, unit="targets, seeds averaged within each")
 
     def hits(self, world: str, arm: str) -> Estimate:
-        """Share of targets of which every row is hit.
+        """Share of targets of which every row is hit, seeds averaged within each.
 
-        At one seed with the exact binomial interval over targets; at several the mean over seeds with Student's.
+        The interval is Clopper and Pearson's over targets. At several seeds the number of hits may be broken; averages
+        over seeds vary less than single hits do, so that the interval is then too wide rather than too narrow.
         """
-        by_seed: dict[int, list[bool]] = {}
+        shares = []
         for one in self.done:
-            for out in one.of(world, arm):
-                by_seed.setdefault(out.seed, []).append(out.hit == 1.0)
-        if not by_seed:
+            found = [out.hit == 1.0 for out in one.of(world, arm)]
+            shares += [sum(found) / len(found)] if found else []
+        if not shares:
             raise Misuse(f'arm "{arm}" was not measured in world "{world}"; see `controls`')
-        if len(by_seed) == 1:
-            (found,) = by_seed.values()
-            return proportion(sum(found), len(found))
-        return mean([sum(found) / len(found) for found in by_seed.values()], unit="seeds")
+        return share(math.fsum(shares), len(shares))
 
     def mean(self, world: str, arm: str, what: str) -> Estimate:
         """Mean over targets of a field of `Outcome`, seeds averaged within each."""

@@ -69,10 +69,31 @@ def proportion(successes: int, n: int, level: float = 0.95) -> Estimate:
     """
     if n < 1 or not 0 <= successes <= n:
         raise Misuse(f"a share needs 0 <= successes <= n and n >= 1, got {successes} of {n}")
+    low, high = _clopper_pearson(successes, n, level)
+    return Estimate(successes / n, low, high, n, level)
+
+
+def share(total: float, n: int, level: float = 0.95) -> Estimate:
+    """Mean of `n` independent numbers from 0 to 1 that sum to `total`, such as shares of several trainings each.
+
+    The interval is Clopper and Pearson's, continued to broken counts: numbers within [0, 1] vary at most as much as
+    zeros and ones of the same mean do. Of zeros and ones it is `proportion`.
+
+    Raises:
+        Misuse: if n < 1 or `total` lies outside 0..n.
+    """
+    if n < 1 or not -1e-9 <= total <= n + 1e-9:
+        raise Misuse(f"a share needs 0 <= total <= n and n >= 1, got {total} of {n}")
+    total = min(max(total, 0.0), float(n))
+    low, high = _clopper_pearson(total, n, level)
+    return Estimate(total / n, low, high, n, level, "clopper-pearson over units, each a mean")
+
+
+def _clopper_pearson(successes: float, n: int, level: float) -> tuple[float, float]:
     tail = (1 - level) / 2
     low = 0.0 if successes == 0 else float(special.betaincinv(successes, n - successes + 1, tail))
     high = 1.0 if successes == n else float(special.betaincinv(successes + 1, n - successes, 1 - tail))
-    return Estimate(successes / n, low, high, n, level)
+    return low, high
 
 
 def mean(values: Sequence[float], level: float = 0.95, unit: str = "seeds") -> Estimate:

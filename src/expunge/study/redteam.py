@@ -20,6 +20,7 @@ from expunge.core.protocols import Method, Screen, Target
 from expunge.core.records import Records
 from expunge.core.trained import Trained
 from expunge.learn.loop import Report
+from expunge.screen.conformal import least_draws
 from expunge.study.redteam_attacks import Ground, Maker
 from expunge.study.redteam_found import Redteam
 from expunge.study.redteam_screens import Watch, group_of
@@ -76,6 +77,8 @@ def redteam(
     arms), and for each policy, model and size `draws` requests screened.
     """
     setting = _Setting.checked(trained, attacks, budgets)
+    if screens and draws < least_draws(rate):
+        raise Misuse(f"{rate:g} false alarms take at least {least_draws(rate)} draws to calibrate on, got {draws}")
     judge = Judge(
         trained=trained,
         records=records,
@@ -150,9 +153,9 @@ class _Run:
         attempt, tried = self._tried(name, make, budget, number, coins)
         watched = []
         if attempt is not None and self.watch is not None:
-            self._good_faith(attempt)
+            self._good_faith(attempt, name)
             watched = self.watch.attempt(attempt, name, number, budget)
-        group = group_of(attempt.requests, attempt.records) if attempt else ""
+        group = group_of(attempt, name) if attempt else ""
         self.cells.add(key, {"tried": tried.to_json(), "watched": [asdict(one) for one in watched], "group": group})
 
     def _tried(
@@ -173,16 +176,16 @@ class _Run:
             outcomes=outcomes,
         )
 
-    def _good_faith(self, attempt: Attempt) -> None:
+    def _good_faith(self, attempt: Attempt, name: str) -> None:
         """What the policies say of requests in good faith, once for each make-up of requests.
 
         Of an attacker who brought rows: on the model of the first such attempt.
         """
         if self.watch is None or not attempt.requests:
             return
-        group = group_of(attempt.requests, attempt.records)
+        group = group_of(attempt, name)
         if ("benign", group) not in self.cells:
-            found = self.watch.benign(attempt, self.benign)
+            found = self.watch.benign(attempt, group, self.benign)
             self.cells.add(("benign", group), {"benign": [asdict(one) for one in found]})
 
 

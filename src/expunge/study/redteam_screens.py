@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -75,9 +75,13 @@ class Benign:
     delayed: tuple[bool, ...]
 
 
-def group_of(requests: Sequence[Request], records: Records) -> str:
-    """Kinds and sizes of an attack's requests: those in good faith that they are compared with have the same."""
-    return ", ".join(f"{one.kind} {size_of(one, records)}" for one in requests)
+def group_of(attempt: Attempt, attack: str) -> str:
+    """Kinds and sizes of an attack's requests: those in good faith that they are compared with have the same.
+
+    An attacker who brought rows is compared on a model that has such rows too, and so has a group of its own.
+    """
+    made = ", ".join(f"{one.kind} {size_of(one, attempt.records)}" for one in attempt.requests)
+    return f"{attack}: {made}" if attempt.brought else made
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,13 +129,12 @@ class Watch:
             for policy in self.policies
         ]
 
-    def benign(self, attempt: Attempt, draws: int) -> list[Benign]:
+    def benign(self, attempt: Attempt, group: str, draws: int) -> list[Benign]:
         """What every policy says of requests in good faith, as many draws of as many of the same kinds and sizes.
 
         Drawn as those of the calibration are, with other coins: random rows, replaced by other rows of their class.
         """
         found = [self._draw(attempt, child(self.rng, "good faith", draw)) for draw in range(draws)]
-        group = group_of(attempt.requests, attempt.records)
         return [
             Benign(
                 group=group,
@@ -203,7 +206,10 @@ class Watch:
             if desk.scene.trained is trained and desk.scene.records is records:
                 return desk
         made = Desk(self.screens, trained, records, seed=child(self.rng, "looked").initial_seed())
-        self._desks[:] = [*self._desks[:1], made]
+        self._desks[:] = [*self._desks[-1:], made]
+        models = {desk.model for desk in self._desks}
+        for key in [key for key in self._made if key[0] not in models]:  # they hold what was seen of a whole model
+            del self._made[key]
         return made
 
 
