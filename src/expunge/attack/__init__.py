@@ -1,8 +1,8 @@
 """Malicious requests and cheating providers, and the judge that measures them.
 
-Requests are built from the abstracts and surveys of Qian et al. (KDD 2023) and Zhao et al. (NeurIPS 2023), providers from
-secondary accounts and the public code of Zhang et al. (ICML 2024). The papers' full texts were not available; no table
-of theirs is reproduced.
+Requests are built from the abstracts and surveys of Qian et al. (KDD 2023) and Zhao et al. (NeurIPS 2023), providers
+from secondary accounts and the public code of Zhang et al. (ICML 2024). The papers' full texts were not available; no
+table of theirs is reproduced.
 """
 
 from expunge.attack.aim import margin, pick_targets
