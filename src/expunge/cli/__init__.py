@@ -27,6 +27,7 @@ from expunge.cli.requests import cancel, deny, extend, identify, release, reques
 from expunge.cli.standing import export, status
 from expunge.cli.story import demo
 from expunge.cli.sweeping import sweep
+from expunge.cli.verify import app as verify
 from expunge.cli.workspace import init, register_model, run
 from expunge.core.errors import ExpungeError
 
@@ -45,6 +46,7 @@ _IN_A_WORKSPACE = (
 for _command in (*_ON_MODELS, *_IN_A_WORKSPACE):
     app.command()(_command)
 app.add_typer(certify, name="certify")
+app.add_typer(verify, name="verify")
 
 # Some versions of typer bring a click of their own, others use the package: its public name leads to the right one.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]

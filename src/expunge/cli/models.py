@@ -38,8 +38,10 @@ from expunge.cli.options import (
     Seed,
 )
 from expunge.cli.output import console, progress, say
+from expunge.cli.verify_files import read_coin
 from expunge.core.claim import Claim
 from expunge.core.coins import generator
+from expunge.core.errors import Misuse
 from expunge.core.protocols import Unlearned
 from expunge.core.records import Records
 from expunge.core.trained import Trained
@@ -47,6 +49,7 @@ from expunge.learn import training
 from expunge.learn.loop import NOTHING, Keep
 from expunge.report import Grid, print_grid
 from expunge.study import Comparison, compare
+from expunge.verify import record as record_training
 
 _LOOKED_AT = 2_000
 _RUIN = 0.1
@@ -70,6 +73,11 @@ def train(
     keep_steps: Annotated[
         bool, typer.Option("--keep-steps", help="Keep the model after every step: large; amnesiac-unlearning needs it.")
     ] = False,
+    transcript: Annotated[
+        Path | None, typer.Option(help="New folder for a transcript that auditors can replay.")
+    ] = None,
+    coin: Annotated[Path | None, typer.Option(help="Public coin of expunge verify draw; needs --transcript.")] = None,
+    without_owner: Annotated[str | None, typer.Option(help="Leave this owner's rows out.")] = None,
     id_column: IdColumn = None,
     owner_column: OwnerColumn = None,
     label_column: LabelColumn = None,
@@ -92,15 +100,24 @@ def train(
     Examples:
       expunge train --data mnist --model lenet --epochs 2 --shards 20 --out models/digits
       expunge train --data customers.csv --id-column id --label-column churned --model mlp --out models/churn
+      expunge train --data mnist --recipe agreed.json --without-owner owner-017 --transcript told --out models/after
     """
     refuse_existing(out)
+    if (coin if transcript is None else resume) is not None or (transcript is not None and keep_steps):
+        raise Misuse("--coin needs --transcript, which goes with neither --resume nor --keep-steps; leave these out")
+    drawn = None if coin is None else read_coin(coin)
     records = read_records(data, id_column, owner_column, label_column, classes, columns, owners)[0]
+    if without_owner is not None:
+        records = records.without(records.of_owner(without_owner).ids)
     asked = {"model": model, "epochs": epochs, "batch_size": batch_size, "weight_decay": weight_decay, "seed": seed}
     chosen = make_recipe(recipe, asked, lr, shards, slices, records)
     allow_named_code(chosen, allow_code)
     with progress(quiet or as_json) as show:
         kept = Keep(batches=True, every=1) if keep_steps else NOTHING
-        trained = training.train(chosen, records, resume=resume, report=show, keep=kept)
+        if transcript is None:
+            trained = training.train(chosen, records, resume=resume, report=show, keep=kept)
+        else:
+            trained = record_training(chosen, records, transcript, coin=drawn, report=show)
     trained.save(out)
     say(
         as_json,

@@ -20,7 +20,7 @@ from expunge.report import Report, print_grid, write
 def demo(
     chapter: Annotated[
         str | None,
-        typer.Argument(help="Tell one chapter at length: train, requests, unlearn, certify, certificate or sweep."),
+        typer.Argument(help="One chapter at length: train, requests, unlearn, certify, certificate, sweep, verify."),
     ] = None,
     workspace: Annotated[Path, typer.Option(help="Folder for report, workspace and certificates.")] = Path(
         "build/demo"
