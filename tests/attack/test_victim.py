@@ -19,7 +19,7 @@ from expunge.core.protocols import Target
 from expunge.core.recipe import Sharding
 from expunge.core.records import Records
 from expunge.core.trained import Trained
-from expunge.learn.training import adopt
+from expunge.learn.training import adopt, train
 from expunge.unlearn import GradientAscent, Retrain
 from tests.attack.oracles import Array, adversary, problem, retrained, slope, softmax_model, with_bias
 
@@ -255,3 +255,14 @@ def test_a_plan_names_its_rows_victim_after_victim() -> None:
     assert isinstance(plan, Plan)
     assert sorted(plan.ids) == sorted(records.ids)
     assert torch.equal(plan.labels, records.take(plan.ids).y)
+
+
+def test_a_softmax_without_weight_decay_can_be_attacked():
+    rows = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    records = Records(rows, torch.arange(60) % 2, classes=2)
+    trained = train(Recipe(model="softmax", epochs=5, batch_size=16), records)
+    target = Target(x=torch.full((1, 3), 0.5), y=torch.tensor([0]))
+    (victim,) = victims(trained, records, target, Retrain())
+    effects = victim.effects(target)
+    assert bool(torch.isfinite(effects).all())
+    assert float(effects.abs().max()) > 0

@@ -6,7 +6,9 @@ import shlex
 
 import pytest
 
+from expunge.attack import SelectRequests
 from expunge.cli import parser
+from expunge.core.errors import Misuse
 from expunge.study.redteam_attacks import ATTACKS
 from expunge.study.redteam_screens import SCREENS
 from tests.cli.conftest import TABLE, write_customers
@@ -53,6 +55,30 @@ def test_the_exit_code_says_whether_an_attack_gets_through(expunge, model):
     slow = [word if word != "select" else "slow-down" for word in QUICK]
     said = expunge(*BASE, *WITH, *slow, "--screens", "none", "--out", "s", "--json")
     assert (said.code, json.loads(said.out)["harmful"]) == (0, [])
+
+
+def test_a_run_in_which_no_attack_could_be_carried_out_is_no_success(expunge, model, monkeypatch):
+    def refuse(*_, **__):
+        raise Misuse("not today")
+
+    monkeypatch.setattr(SelectRequests, "requests", refuse)
+    said = expunge(*BASE, *WITH, *QUICK, "--screens", "none", "--out", "r", "--json")
+    assert said.code == 1
+    assert json.loads(said.out)["verdict"].startswith("Nothing was measured")
+
+
+def test_an_interrupt_says_how_to_go_on(expunge, model, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SelectRequests, "requests", stop)
+        said = expunge(*BASE, *WITH, *QUICK, "--screens", "none", "--out", "r")
+    assert said.code == 4
+    assert "--resume" in said.err
+    said = expunge(*BASE, *WITH, *QUICK, "--screens", "none", "--out", "r", "--resume")
+    assert said.code in (0, 1)
+    assert "--resume" not in (model / "r" / "report.html").read_text()
 
 
 def test_a_run_is_gone_on_with_only_if_asked(expunge, model):

@@ -275,6 +275,12 @@ def test_a_caught_erasure_ends_in_retraining_and_an_uncaught_one_in_the_unlearne
     assert choose(found).recommended == choose(found).best_single == "sees"
 
 
+def test_a_screen_that_never_fires_is_not_the_best_single_one():
+    found = made_up(says={"blind": BLIND})
+    assert choose(found).best_single is None
+    assert choose(found).recommended == NO_SCREEN
+
+
 def test_a_caught_replacement_ends_purged_and_a_refused_request_where_it_began():
     found = made_up(kind="replace", says={"sees": (1.0, "purge", 0.0), "door": (1.0, "refuse", 0.0)})
     assert response(found, "sees", "a", 5).gain.value == pytest.approx(1.0)

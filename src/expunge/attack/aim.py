@@ -86,7 +86,9 @@ def pick_targets(
     """
     out = outputs(trained.module, strangers)
     right = (out.argmax(1).cpu() == strangers.y.cpu()).nonzero().flatten()
-    if not 1 <= count <= len(right):
+    if count < 1:
+        raise Misuse(f"the number of targets must be >= 1, got {count}")
+    if count > len(right):
         raise Misuse(f"asked for {count} targets, of {len(strangers):,} rows the model answers {len(right):,} rightly")
     drawn = right[torch.randperm(len(right), generator=child(rng, "targets"))[:count]]
     x, y = strangers.select(drawn).x, strangers.y[drawn]

@@ -40,7 +40,10 @@ class Reaction:
         if isinstance(method, GradientAscent):
             batch = method.batch_size or trained.recipe.batch_size
             return cls(order="first", rate=method.epochs * method.lr / batch)
-        return cls(damping=0.0 if softmax_layer(trained.module) is not None else 1.0)
+        if softmax_layer(trained.module) is None:
+            return cls(damping=1.0)
+        # Without weight decay a softmax has no one minimum: adding a constant to all classes changes nothing.
+        return cls(damping=0.0 if trained.recipe.weight_decay > 0 else 1e-6)
 
 
 def softmax_layer(module: nn.Module) -> nn.Linear | None:

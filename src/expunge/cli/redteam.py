@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +28,7 @@ from expunge.cli.options import (
 )
 from expunge.cli.output import console, progress
 from expunge.core.coins import generator
-from expunge.core.errors import Misuse
+from expunge.core.errors import Misuse, Stopped
 from expunge.core.protocols import Method
 from expunge.core.records import Records
 from expunge.core.trained import Trained
@@ -44,7 +45,9 @@ def redteam(
     model: Annotated[Path, typer.Argument(help="Folder of the trained model.")],
     data: Data,
     out: Annotated[Path, typer.Option(help="New folder for the report, and for every trial as it is finished.")],
-    method: Annotated[str, typer.Option(help="The unlearner under attack; auto: sisa for shards, else retrain.")],
+    method: Annotated[
+        str, typer.Option(help="The unlearner under attack; auto: sisa for shards, else retrain.")
+    ] = "auto",
     setting: Annotated[list[str] | None, typer.Option("--set", help="A setting of the method, as lr=0.01.")] = None,
     others: Annotated[str, typer.Option(help="Unlearners that attacks may transfer to, as fine-tune,scrub.")] = "",
     attacks: Annotated[str | None, typer.Option(help=f"Of {', '.join(ATTACKS)}; all if left out.")] = None,
@@ -78,9 +81,9 @@ def redteam(
     data or the approximation, and writes report.html with pictures into the folder. Targets are test rows that the
     model answers rightly. Nothing is changed in the model.
 
-    Exit code 1 if an attack moves targets through the unlearner further than random rows and doing nothing do, with all
-    of the interval, and no screen catches it more often than requests in good faith. With few targets neither is shown
-    of weak attacks: 0 is no proof.
+    Exit code 1 if nothing could be measured, or an attack moves targets through the unlearner further than random rows
+    and doing nothing do, with all of the interval, and no screen catches it more often than requests in good faith.
+    With few targets neither is shown of weak attacks: 0 is no proof.
 
     \b
     Examples:
@@ -99,7 +102,7 @@ def redteam(
     through = make_method(method, setting or [], trained)
     columns_of = (id_column, owner_column, label_column, classes, columns, owners)
     records, strangers = _rows(trained, data, test, columns_of)
-    with progress(quiet or as_json) as show:
+    with _resumable(out), progress(quiet or as_json) as show:
         found = run_redteam(
             trained,
             records,
@@ -120,11 +123,22 @@ def redteam(
             progress=show,
         )
     _tell(found, out, as_json)
-    return 1 if found.uncaught else 0
+    return 1 if found.uncaught or not found.carried_out else 0
+
+
+@contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped(
+            f"interrupted; finished trials are kept: go on with the same command and --resume ({out})"
+        ) from None
 
 
 def _tell(found: Redteam, out: Path, as_json: bool) -> None:
-    report = redteam_report(found, f"expunge {shlex.join(sys.argv[1:])}")
+    words = [word for word in sys.argv[1:] if word != "--resume"]  # the reader has no run to go on with
+    report = redteam_report(found, f"expunge {shlex.join(words)}")
     html, data = write(report, out)
     if as_json:
         about = {**summary(found), "verdict": report.verdict, "sound": report.sound}

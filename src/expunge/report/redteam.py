@@ -122,6 +122,8 @@ def untried_grid(found: Redteam) -> tuple[Grid, ...]:
 def verdict(found: Redteam) -> str:
     """What came out, in a few sentences."""
     harmful = found.harmful
+    if not found.carried_out:
+        return "Nothing was measured: no attack could be carried out; the reasons are below."
     who = ", ".join(harmful) if harmful else "no attack"
     told = f"At {found.largest:,} rows, {who} moved targets through the unlearner further than requests that do not "
     told += "know them."
@@ -138,13 +140,16 @@ def recommendation(found: Redteam) -> str:
     """Which policy, and by what differences."""
     choice = choose(found)
     if choice.best_single is None or choice.single_less_none is None:
-        return "No screen was tried."
+        return (
+            "Recommended: no screen alone leaves the attacker less than no screen does, as exact retraining carries "
+            "valid erasures out in full; alarms still bring people to look."
+        )
     said = f"{choice.best_single} less no screen: {choice.single_less_none:+.2f} of margin left"
     if choice.combination_less_best is not None:
         said += f"; combination less {choice.best_single}: {choice.combination_less_best:+.2f}"
     what = choice.recommended
     if what == NO_SCREEN:
-        what = "none is shown to leave less harm, for what retraining leaves is left; alarms still bring people to look"
+        what = "none is shown to leave the attacker less; alarms still bring people to look"
     return f"Recommended: {what} ({said}; below 0 it helps)."
 
 
@@ -159,7 +164,7 @@ def redteam_report(found: Redteam, check: str = "") -> Report:
         verdict=told,
         facts=_facts(found),
         chapters=tuple(chapters),
-        sound=not found.uncaught,
+        sound=found.carried_out and not found.uncaught,
     )
 
 

@@ -72,6 +72,11 @@ class Redteam:
         """The largest budget, at which attacks are told of and policies compared."""
         return int(max(self.about["budgets"]))
 
+    @property
+    def carried_out(self) -> bool:
+        """Whether any attempt came to anything."""
+        return any(at.done for at in self.measured.values())
+
     def at_most(self, attack: str) -> Measured:
         """This attack at the largest budget."""
         return self.measured[attack, self.largest]

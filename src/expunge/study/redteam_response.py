@@ -128,7 +128,8 @@ class Choice:
     """Which policy to take: by the mean over attacks, at the largest budget and equal false alarms, of what is gained.
 
     Attributes:
-        best_single: the screen alone that leaves the least on average; chosen on these targets, which favours it.
+        best_single: the screen alone that leaves the least on average; chosen on these targets, which favours it. None
+            if no policy leaves less than no screen.
         single_less_none: what it leaves less what no screen leaves, paired by target; below 0: it helps.
         combination_less_best: what the combination leaves less what the best single screen does; None without one.
     """
@@ -156,6 +157,9 @@ def choose(found: Redteam) -> Choice:
     if not alone or not left[NO_SCREEN]:
         return Choice(best_single=None, single_less_none=None, combination_less_best=None)
     best = min(alone, key=lambda one: math.fsum(left[one].values()))
+    if all(math.fsum(left[one].values()) >= math.fsum(left[NO_SCREEN].values()) for one in found.policies):
+        # The best of them would be the one that fires least, which says nothing for it.
+        return Choice(best_single=None, single_less_none=None, combination_less_best=None)
     together = _paired(left[TOGETHER], left[best]) if TOGETHER in left else None
     return Choice(
         best_single=best, single_less_none=_paired(left[best], left[NO_SCREEN]), combination_less_best=together
