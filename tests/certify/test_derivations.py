@@ -67,7 +67,7 @@ METHODS = {
     "clipped steps": (MLP, ClippedFineTune(polish=0, weight_decay=0.1, budget=BUDGET)),
     "clipped models": (MLP, ClippedModelFineTune(polish=0, steps=4, budget=BUDGET)),
     "guo": (replace(SOFTMAX, weight_decay=0.5), GuoRemoval(sigma=20.0, rows=550, removals=4)),
-    "guo as published": (SOFTMAX, GuoRemoval(sigma=60.0, bound="paper")),
+    "guo as published": (SOFTMAX, GuoRemoval(sigma=10.0, bound="paper")),
 }
 
 

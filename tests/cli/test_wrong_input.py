@@ -141,7 +141,7 @@ CASES = {
     # words
     "unknown command": Wrong("frget", "No such command 'frget'.*expunge --help"),
     "unknown option": Wrong("records --dota optdigits", "No such option: --dota"),
-    "demo: unknown chapter": Wrong("demo nothing", 'there is no chapter "nothing"; there are train, requests, unlearn'),
+    "demo: unknown chapter": Wrong("demo nothing", 'there is no chapter "nothing"; there are train, requests, screen, unlearn'),
     "demo: no seeds": Wrong("demo --seeds 0", "--seeds must be >= 1, got 0"),
     "demo: pictures inside": Wrong("demo --workspace w --show-removed w/../w/p", "lies inside the workspace"),
     "demo: pictures of another chapter": Wrong("demo train --show-removed p", "belongs to the chapter requests"),

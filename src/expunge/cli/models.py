@@ -100,7 +100,6 @@ def train(
     Examples:
       expunge train --data mnist --model lenet --epochs 2 --shards 20 --out models/digits
       expunge train --data customers.csv --id-column id --label-column churned --model mlp --out models/churn
-      expunge train --data mnist --recipe agreed.json --without-owner owner-017 --transcript told --out models/after
     """
     refuse_existing(out)
     if (coin if transcript is None else resume) is not None or (transcript is not None and keep_steps):

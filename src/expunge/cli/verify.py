@@ -53,7 +53,7 @@ from expunge.verify import (
 from expunge.verify import plant as plant_trigger
 from expunge.verify.spot import Budget
 
-app = typer.Typer(help="Verify that rows were forgotten, as their owner or as an auditor.", no_args_is_help=True)
+app = typer.Typer(help="Verify that rows were forgotten: for owners and auditors.", no_args_is_help=True)
 app.command()(commit)
 app.command()(draw)
 app.command()(matrix)
