@@ -34,6 +34,8 @@ from expunge.core.store import write_atomically
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "requests"
+TRIALS = HERE.parent / "build" / "requests"
+"""Every trial of `attacks`, kept so that a broken-off run goes on."""
 Part = Callable[[bool], dict[str, float]]
 """Measures one part, as a sample if asked to; names and figures, all of them for the last line of ``--quick``."""
 PARTS: Mapping[str, Part] = {"scores": _scores.measure}
@@ -68,7 +70,7 @@ def main() -> None:
             write_atomically(RESULTS / f"{name}.json", json.dumps(found, indent=1).encode("utf-8"))
     if words.only == "attacks" or not (words.only or words.quick):
         for front in [words.front] if words.front else _attacks.FRONTS:
-            told = _attacks.measure(_attacks.FRONTS[front], RESULTS / front)
+            told = _attacks.measure(front, TRIALS / front, RESULTS)
             print(json.dumps({front: told}, indent=1))
     print(json.dumps(figures))
 
