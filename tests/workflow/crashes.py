@@ -249,14 +249,15 @@ class Tally:
 
 def crash(forker: Forker, root: Path, *, kills: int, seed: int) -> tuple[Tally, dict[str, Request]]:
     """Kill workers so many times, while requests are filed, then let two finish; what was done, and what was asked."""
-    rng, tally, many = random.Random(seed), Tally(), 2 * kills + 10
-    asked, filed = requests(many), 4
+    rng, tally, many = random.Random(seed), Tally(), 2 * kills + 40
+    asked, filed, quiet = requests(many), 4, 0
     while tally.kills["worker"] < kills or not all(tally.kills[point] for point in POINTS):
         if filed == many:
             raise RuntimeError(f"after {tally.rounds} rounds only {tally.kills}")
-        jobs = _round(root, rng, tally, list(asked)[:filed], many)
+        jobs = _round(root, rng, tally, list(asked)[:filed], many, quiet)
         ended = forker.play(*jobs)
         filed += ended[0] == "done"  # nothing is open
+        quiet = quiet + 1 if ended[0] == "done" else 0
         for job, how in zip(jobs, ended, strict=True):
             _count(tally, job, how)
         tally.rounds += 1
@@ -269,16 +270,20 @@ def crash(forker: Forker, root: Path, *, kills: int, seed: int) -> tuple[Tally, 
     return tally, asked
 
 
-def _round(root: Path, rng: random.Random, tally: Tally, keys: Sequence[str], many: int) -> list[Job]:
-    """A worker that is killed, at an instant or at a named point; sometimes beside a second one; and who files."""
+def _round(root: Path, rng: random.Random, tally: Tally, keys: Sequence[str], many: int, quiet: int) -> list[Job]:
+    """A worker that is killed, at an instant or at a named point; sometimes beside a second one; and who files.
+
+    A worker that was done before its end came meets it earlier the next time: `quiet` is how many in a row were. So a
+    quick machine has as many kills as a slow one.
+    """
     number, base = tally.rounds, {"root": str(root)}
     one = {**base, "worker": "a", "seconds": 2.0}
     if number % 3:
         point = min(POINTS, key=lambda point: tally.kills[point])
-        jobs = [Job(work, one, fail_at=f"{point}:{rng.randint(1, _OFTEN.get(point, 2))}")]
+        jobs = [Job(work, one, fail_at=f"{point}:{rng.randint(1, max(1, _OFTEN.get(point, 2) >> quiet))}")]
     else:
         gently = number % 9 == 6
-        jobs = [Job(work, one, kill_s=rng.uniform(0.0, 0.9), sends=signal.SIGINT if gently else signal.SIGKILL)]
+        jobs = [Job(work, one, kill_s=rng.uniform(0.0, 0.9 * 0.7**quiet), sends=signal.SIGINT if gently else signal.SIGKILL)]
     if number % 5 == 1:
         other = {**base, "worker": "b", "seconds": 1.0}
         jobs.append(Job(work, other, stop_s=rng.uniform(0.1, 0.6), stopped_s=1.5 * LEASE_S))
