@@ -176,9 +176,10 @@ class Evading:
             kept = oracle.thinned(wares, rows, filler)
             failures = 0 if kept else failures + 1
             if kept:
-                passed.append(wares.request(kept + filler))
+                asked = kept + filler[: _share(filler, rows, kept)]
+                passed.append(wares.request(asked))
                 filed += len(kept)
-                gain += sum(wares.effects[name] for name in kept + filler)
+                gain += sum(wares.effects[name] for name in asked)
         return tuple(passed), gain
 
 
@@ -197,12 +198,17 @@ class _Oracle:
         return self.attack.queries - self.asked
 
     def thinned(self, wares: Wares, rows: list[str], filler: list[str]) -> list[str]:
-        """The rows that pass with their cover: all, or those left when the most suspicious half goes, and again."""
-        while rows and self.left >= self.attack.confirm:
-            suspicion = self._suspicion(wares.request(rows + filler))
+        """The rows that pass with their share of the cover: all, or those left when the most suspicious half goes.
+
+        The cover shrinks with them: a screening calibrates itself for each size, so that few sizes are asked about.
+        """
+        left = rows
+        while left and self.left >= self.attack.confirm:
+            suspicion = self._suspicion(wares.request(left + filler[: _share(filler, rows, left)]))
             if suspicion is None:
-                return rows
-            rows = sorted(rows, key=lambda name: (suspicion.get(name, 0.0), rows.index(name)))[: len(rows) // 2]
+                return left
+            places = {name: place for place, name in enumerate(left)}
+            left = sorted(left, key=lambda name: (suspicion.get(name, 0.0), places[name]))[: len(left) // 2]
         return []
 
     def _suspicion(self, request: Request) -> dict[str, float] | None:
@@ -220,6 +226,11 @@ class _Oracle:
         found = list(values.values()) if isinstance(values, Mapping) else list(values)
         fine = least is None or all(value >= least for value in found)
         return decided.action == "carry out" and not decided.hold and fine
+
+
+def _share(filler: Sequence[str], rows: Sequence[str], kept: Sequence[str]) -> int:
+    """Rows of cover for those that are kept, as many for each as before."""
+    return len(filler) * len(kept) // len(rows)
 
 
 def _ranks(decided: Decided) -> dict[str, float]:
