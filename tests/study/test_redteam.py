@@ -13,7 +13,8 @@ from expunge.core.coins import generator
 from expunge.core.errors import Misuse
 from expunge.core.protocols import Judgement
 from expunge.core.records import Records
-from expunge.report.redteam import attack_grid, redteam_report, screen_grid, transfer_grid, untried_grid
+from expunge.report.redteam import redteam_report
+from expunge.report.redteam_grids import attack_grid, refused_grid, screen_grid, transfer_grid, untried_grid
 from expunge.screen import GradientInfluence, GradientNorm
 from expunge.study.redteam import redteam
 from expunge.study.redteam_attacks import ATTACKS, Ground
@@ -328,3 +329,92 @@ def test_the_area_below_the_curve_is_the_chance_of_scoring_higher():
 def test_a_foreign_screen_that_flags_everything_is_found_out(case, trained):
     found = run(case, trained, attacks={"near": near}, screens=(Watchful(),), budgets=(0.01,))
     assert not found.catches("Watchful", "near")
+
+
+# ---- what people read, on the same figures
+
+
+def with_refusals(found, *, moved=0.0, reason="NeverTrained: rows 1 to 5 were never trained on"):
+    """The same where the unlearner refused the attack's requests; `moved`: what it did all the same."""
+    tried = []
+    for one in found.tried:
+        before = one.of("through", "nothing")[0]
+        after = replace(before, arm="attack", refused=(reason,), margin=before.margin + moved)
+        others = [out for out in one.outcomes if (out.world, out.arm) != ("through", "attack")]
+        trusting = replace(before, world="naive", arm="attack", margin=before.margin + 4.0, hit=1.0)
+        tried.append(replace(one, outcomes=(*others, after, trusting)))
+    about = {**found.about, "rows": 500, "others": {}, "benign": 100, "model": "softmax", "test_rows": 50, "seed": 0}
+    about |= {"through": "FineTune()", "retrain": "Retrain()", "targets": 10, "screens": list(found.policies)}
+    return replace(found, tried=tuple(tried), about=about)
+
+
+def test_requests_that_the_provider_refuses_are_told_apart_from_attacks_that_failed():
+    found = with_refusals(made_up(says={"sees": GOOD}))
+    assert found.refused == {("a", 5)}
+    assert found.screened == ()
+    assert attack_grid(found).rows == ()
+    assert untried_grid(found) == ()
+    (grid,) = refused_grid(found)
+    assert grid.headers == ("attack", "budget", "requests", "why", "hit, if trusted", "gain, if trusted")
+    assert grid.rows == (("a", "5", "all", "rows 1 to 5 were never trained on", "100 (69 to 100)", "+4.00"),)
+    report = redteam_report(found)
+    assert report.chapters[0].text[0].startswith("a: Neither: the provider refused its requests")
+    assert "hit on 100 % of targets, their margins +4.00 above" in report.chapters[0].text[0]
+    assert [chapter.name for chapter in report.chapters] == ["attacks", "targets"]
+    assert summary(found)["refused"] == [["a", 5]]
+
+
+def test_a_refusal_of_some_requests_does_not_hide_what_the_others_did():
+    found = with_refusals(made_up(says={"sees": GOOD}), moved=2.0)
+    assert found.refused == frozenset()
+    assert [row[0] for row in attack_grid(found).rows] == ["a"]
+    assert refused_grid(found)[0].rows[0][2] == "some, of 10 of 10 targets"
+    plain = made_up(says={"sees": GOOD})
+    assert refused_grid(plain) == ()
+    assert plain.refused == frozenset()
+
+
+def test_no_two_columns_share_a_name_and_none_is_empty():
+    found = with_refusals(made_up(says={"sees": GOOD, "wolf": WOLF}), moved=2.0)
+    for grid in (attack_grid(found), screen_grid(found), *refused_grid(found)):
+        assert len(set(grid.headers)) == len(grid.headers)
+        assert all(len(row) == len(grid.headers) for row in grid.rows)
+        for place, header in enumerate(grid.headers):
+            assert {row[place] for row in grid.rows} - {"", "0"}, header
+
+
+def test_columns_in_which_nothing_is_known_are_left_out_with_what_they_mean():
+    told = with_refusals(made_up(says={"sees": GOOD, "wolf": WOLF}), moved=2.0)
+    assert {"at equal", "work"} <= set(screen_grid(told).headers)
+    assert "at equal: " in screen_grid(told).notes
+    silent = with_refusals(made_up(retrain=1.0, says={"blind": BLIND}), moved=4.0)
+    grid = screen_grid(silent)
+    assert grid.headers == ("attack", "policy", "caught", "hit", "gain", "delayed", "area")
+    assert "at equal" not in grid.notes
+    assert "work" not in grid.notes
+    assert "work" not in attack_grid(silent).headers
+
+
+def test_the_recommendation_is_said_once():
+    report = redteam_report(with_refusals(made_up(says={"sees": GOOD}), moved=4.0))
+    said = [report.verdict, *(text for one in report.chapters for text in (one.headline, *one.text))]
+    assert sum("Recommended" in one for one in said) == 1
+
+
+@pytest.mark.parametrize("budgets", [1, 2])
+def test_success_is_drawn_as_bars_at_one_budget_and_against_budgets_else(budgets):
+    found = with_refusals(made_up(), moved=4.0)
+    if budgets == 2:
+        more = tuple(replace(one, budget=9) for one in found.tried)
+        about = {**found.about, "budgets": [5, 9]}
+        found = replace(found, tried=(*found.tried, *more), about=about)
+    (caption,) = redteam_report(found).chapters[0].plots
+    assert ("against budget" in caption) is (budgets == 2)
+    svg = redteam_report(found).chapters[0].plots[caption]
+    assert ("budget, % of the rows" in svg) is (budgets == 2)
+
+
+def test_kept_trials_are_not_told_of_again(kept, case, trained):
+    told = []
+    run(case, trained, keep=kept[0], progress=lambda *what: told.append(what))
+    assert told == [("done", 8, 8)]

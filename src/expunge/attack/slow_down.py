@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from expunge.attack.solves import Solves
 from expunge.attack.victim import Victim
+from expunge.calculus.factored import maker
 from expunge.core.coins import child
 from expunge.core.errors import Misuse
 from expunge.core.protocols import Method, Target
@@ -19,6 +21,9 @@ from expunge.core.records import Records
 from expunge.core.request import Request
 from expunge.core.trained import Trained
 from expunge.learn.shards import slice_epochs
+from expunge.screen.scene import inner
+
+_ROWS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +38,8 @@ class SlowDown:
 
     Source: sharded: Bourtoule et al. (2021) say that such requests exist; influence norm: Marchant, Rubinstein and
     Alfeld (2022), who craft rows by it, where here rows are chosen. Cost: of a sharded model, a hash of each owner; of
-    others, a solve for each of `candidates` rows.
+    others, a solve for each of `candidates` rows (`Solves`), and numbers for each candidate and parameter up to `kept`;
+    past that the sums are found by two more solves for each row of the budget.
 
     Not guaranteed: that it slows down anything: retraining costs the same whatever is removed.
 
@@ -43,6 +49,8 @@ class SlowDown:
         knows_salt: whether it can tell the shard of an owner.
         owned: the owners that it may speak for; None: all.
         candidates: rows that are solved for, those with the longest gradients; at least the budget.
+        kept: numbers that may be kept, at 4 or 8 bytes each; in which way sums are found changes them by rounding, and
+            above 8192 parameters by the solver's tolerance.
     """
 
     budget: int = 10
@@ -50,9 +58,10 @@ class SlowDown:
     knows_salt: bool = True
     owned: frozenset[str] | None = None
     candidates: int = 500
+    kept: int = field(default=1 << 26, repr=False)  # a matter of memory: studies kept before it go on
 
     def __post_init__(self) -> None:
-        for name in ("budget", "candidates"):
+        for name in ("budget", "candidates", "kept"):
             if getattr(self, name) < 1:
                 raise Misuse(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.owned is not None and not self.owned:
@@ -138,19 +147,21 @@ def _furthest(attack: SlowDown, trained: Trained, records: Records, mine: Record
     victim = Victim.of(trained, records, through)
     places = torch.tensor(victim.records.positions(mine.ids), dtype=torch.int64)
     x, y = victim.rows[0][places], victim.rows[1][places]
-    objective, halves = victim.objective, range(0, len(y), 256)
-    lengths = torch.cat([objective.gradients(x[i : i + 256], y[i : i + 256]).norm(dim=1) for i in halves])
-    few = lengths.argsort(descending=True, stable=True)[: max(attack.candidates, attack.budget)]
-    moves = solved(victim, x[few], y[few])
-    norms = moves.norm(dim=1)
+    few = lengths(victim, x, y).argsort(descending=True, stable=True)[: max(attack.candidates, attack.budget)]
+    x, y, solves = x[few], y[few], Solves(victim=victim)
     if not attack.together:
+        norms = torch.cat([moves.norm(dim=1) for moves in solves.of_gradients(x, y)])
         return [int(few[i]) for i in norms.argsort(descending=True, stable=True)[: attack.budget]]
-    return [int(few[i]) for i in longest_sum(moves, attack.budget)]
+    if len(x) * victim.objective.size > attack.kept:
+        return [int(few[i]) for i in longest_sum_again(solves, x, y, attack.budget)]
+    return [int(few[i]) for i in longest_sum(torch.cat(list(solves.of_gradients(x, y))), attack.budget)]
 
 
-def solved(victim: Victim, x: Tensor, y: Tensor) -> Float[Tensor, "n p"]:
-    """``(H + d I)^-1 g_i`` of these rows. Cost: a solve each, n p numbers of memory."""
-    return torch.stack([victim.solve(gradient) for gradient in victim.objective.gradients(x, y)])
+def lengths(victim: Victim, x: Tensor, y: Tensor) -> Float[Tensor, " n"]:
+    """The norm of each row's gradient, in float64. Cost: a forward and a backward pass where layers allow it."""
+    make, _ = maker(victim.objective, x, y)
+    blocks = (make(*some) for some in zip(x.split(_ROWS), y.split(_ROWS), strict=True))
+    return torch.cat([inner(one, one) for one in blocks]).clamp_min(0).sqrt()
 
 
 def longest_sum(moves: Float[Tensor, "n p"], count: int) -> Sequence[int]:
@@ -163,4 +174,24 @@ def longest_sum(moves: Float[Tensor, "n p"], count: int) -> Sequence[int]:
             gain[chosen] = -torch.inf
         chosen.append(int(gain.argmax()))
         total = total + moves[chosen[-1]]
+    return chosen
+
+
+def longest_sum_again(solves: Solves, x: Tensor, y: Tensor, count: int) -> Sequence[int]:
+    """`longest_sum` of ``(H + d I)^-1 g_i`` without keeping them: ``<A g_i, s> = <g_i, A s>``, A being symmetric.
+
+    Cost: two solves more for each row chosen, and a forward-mode pass over the candidates.
+    """
+    objective = solves.victim.objective
+    squares = torch.cat([moves.square().sum(1) for moves in solves.of_gradients(x, y)])
+    answer, chosen = torch.zeros_like(objective.vector()), list[int]()
+    for _ in range(count):
+        along = [
+            objective.scores(some, labels, answer) for some, labels in zip(x.split(_ROWS), y.split(_ROWS), strict=True)
+        ]
+        gain = squares + 2 * torch.cat(along)
+        gain[chosen] = -torch.inf
+        chosen.append(int(gain.argmax()))
+        last = slice(chosen[-1], chosen[-1] + 1)
+        answer = answer + solves(solves(objective.gradients(x[last], y[last])))[0]
     return chosen

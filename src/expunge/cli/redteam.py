@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-from expunge.cli.inputs import load_model, make_method, named_method, read_records
+from expunge.cli.inputs import load_model, make_method, read_records
 from expunge.cli.options import (
     AllowCode,
     Classes,
@@ -27,13 +29,22 @@ from expunge.cli.options import (
     Seed,
 )
 from expunge.cli.output import console, progress
+from expunge.cli.redteam_asked import (
+    named,
+    refuse_method,
+    refuse_missing,
+    refuse_numbers,
+    refuse_other_rows,
+    shares,
+    unlearners,
+)
 from expunge.core.coins import generator
 from expunge.core.errors import Misuse, Stopped
-from expunge.core.protocols import Method
 from expunge.core.records import Records
 from expunge.core.trained import Trained
+from expunge.learn.loop import Report
 from expunge.report import print_grid, write
-from expunge.report.redteam import attack_grid, redteam_report, screen_grid, transfer_grid, untried_grid
+from expunge.report.redteam import redteam_report
 from expunge.study.redteam import redteam as run_redteam
 from expunge.study.redteam_attacks import ATTACKS
 from expunge.study.redteam_found import Redteam
@@ -93,27 +104,31 @@ def redteam(
         --seeds 3 --out redteam-churn
     """
     _refuse_folder(out, resume)
-    chosen = _named(attacks, ATTACKS, "--attacks")
-    guards = _named(screens, SCREENS, "--screens")
-    if attacks is None and not guards:
-        chosen.pop("evading")  # it attacks screens
-    shares = _shares(budget)
+    chosen, guards = named(attacks, ATTACKS, "--attacks"), named(screens, SCREENS, "--screens")
+    if "evading" in chosen and not guards:
+        if attacks is not None:
+            raise Misuse("evading attacks screens, and there are none; name some in --screens, or leave it out")
+        chosen.pop("evading")
+    budgets, transfer = shares(budget), unlearners(others)
+    refuse_method(method, setting or [])
+    refuse_numbers(targets=targets, seeds=seeds, rate=rate, draws=draws, benign=benign, screened=bool(guards))
+    refuse_missing(model, data, test)
     trained = load_model(model, allow_code)
     through = make_method(method, setting or [], trained)
     columns_of = (id_column, owner_column, label_column, classes, columns, owners)
-    records, strangers = _rows(trained, data, test, columns_of)
-    with _resumable(out), progress(quiet or as_json) as show:
+    records, strangers = _rows(trained, data, test, columns_of, targets)
+    with _resumable(out), _shown(quiet or as_json) as show:
         found = run_redteam(
             trained,
             records,
             strangers,
             attacks=chosen,
             through=through,
-            others=_others(others),
+            others=transfer,
             screens=[make() for make in guards.values()],
             targets=targets,
             targeted=targeted,
-            budgets=shares,
+            budgets=budgets,
             seeds=seeds,
             rate=rate,
             draws=draws,
@@ -124,6 +139,24 @@ def redteam(
         )
     _tell(found, out, as_json)
     return 1 if found.uncaught or not found.carried_out else 0
+
+
+@contextmanager
+def _shown(quiet: bool) -> Iterator[Report]:
+    """The bar of other commands; where nobody watches it, as in a log, a line whenever a trial is begun."""
+    if quiet or Console(stderr=True).is_terminal:
+        with progress(quiet) as bar:
+            yield bar
+        return
+    started, before = time.monotonic(), list[int]()
+
+    def line(what: str, done: int, total: int) -> None:
+        before.append(done)  # what was done before the first line was kept by another run, and took no time in this one
+        spent, own = time.monotonic() - started, done - before[0]
+        left = f", about {spent / own * (total - done):,.0f} s left" if own and done < total else ""
+        print(f"{done} of {total} trials after {spent:,.0f} s{left}: {what}", file=sys.stderr, flush=True)
+
+    yield line
 
 
 @contextmanager
@@ -145,11 +178,9 @@ def _tell(found: Redteam, out: Path, as_json: bool) -> None:
         print(json.dumps({**about, "report": str(html), "data": str(data)}, allow_nan=False))
         return
     screen = console()
-    print_grid(attack_grid(found), screen)
-    for grid in (*transfer_grid(found), *untried_grid(found)):
-        print_grid(grid, screen)
-    if found.policies:
-        print_grid(screen_grid(found), screen)
+    for chapter in report.chapters:
+        for grid in chapter.grids:
+            print_grid(grid, screen)
     for line in report.chapters[0].text:
         print(line)
     print(f"\n{report.verdict}\n\nreport  {html}\njson    {data}")
@@ -163,39 +194,20 @@ def _refuse_folder(out: Path, resume: bool) -> None:
         raise Misuse(f"there is no run in {out} to go on with; leave out --resume")
 
 
-def _rows(trained: Trained, data: str, test: str | None, columns: tuple[Any, ...]) -> tuple[Records, Records]:
+def _rows(
+    trained: Trained, data: str, test: str | None, columns: tuple[Any, ...], targets: int
+) -> tuple[Records, Records]:
     """All rows of the data, and rows that the model was not trained on."""
     records, own = read_records(data, *columns)
     if test is not None:
-        return records, read_records(test, *columns)[0]
-    if own is not None:
-        return records, own
-    strangers = records.where(lambda one, _: one not in trained.ids and one not in trained.gone)
-    if not len(strangers):
-        raise Misuse("targets are rows that the model was not trained on, and the data holds none; give some: --test")
+        strangers = read_records(test, *columns)[0]
+    elif own is not None:
+        strangers = own
+    else:
+        strangers = records.where(lambda one, _: one not in trained.ids and one not in trained.gone)
+        if not len(strangers):
+            raise Misuse(
+                "targets are rows that the model was not trained on, and the data holds none; give some: --test"
+            )
+    refuse_other_rows(trained, records, strangers, data, targets)
     return records, strangers
-
-
-def _named(text: str | None, known: Mapping[str, Any], option: str) -> dict[str, Any]:
-    if text == "none" and option == "--screens":
-        return {}
-    words = list(known) if text is None else _words(text)
-    unknown = [word for word in words if word not in known]
-    if unknown or not words:
-        raise Misuse(f"{option} are {', '.join(known)}, got {unknown[0] if unknown else 'none'}")
-    return {word: known[word] for word in words}
-
-
-def _others(text: str) -> dict[str, Method]:
-    return {word: named_method(word, ()) for word in _words(text)}
-
-
-def _words(text: str) -> Sequence[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _shares(text: str) -> list[float]:
-    try:
-        return [float(word) for word in _words(text)]
-    except ValueError:
-        raise Misuse(f'--budget must be shares of the rows, as .001,.01, got "{text}"') from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
 
 _MARKS = "os^DvPX*h"
 _COLOURS = ("#2a6fb5", "#c0562b", "#2f7d4f", "#8a5bb0", "#a87b12", "#b03a6b", "#3b8c8c", "#6b6b6b", "#7d4f2f")
-_LINES = {"through": "-", "retrain": "--"}
+_LINES = ("-", "--", ":")
+_KINDS = {
+    "attack, through the unlearner": ("through", "attack", _COLOURS[0]),
+    "attack, exact retraining": ("retrain", "attack", _COLOURS[1]),
+    "random rows, through the unlearner": ("through", "random", _COLOURS[7]),
+}
+"""By what the key says: world, arm and colour; marks and lines tell them apart without colour."""
 _SHOWN = {
     "before": ("through", "nothing"),
     "after, through the unlearner": ("through", "attack"),
@@ -27,38 +34,81 @@ _SHOWN = {
 
 
 def success(found: Redteam) -> str:
-    """SVG of the share of targets hit against the budget, through the unlearner and under exact retraining."""
+    """SVG of the share of targets hit: against the budget, or at one budget beside how far they moved."""
+    return _at_one_budget(found) if len(found.about["budgets"]) == 1 else _hits_against_budget(found)
+
+
+def _at_one_budget(found: Redteam) -> str:
+    """For each attack a line for each kind of requests: who is hit, and how far targets are moved beyond controls."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    rows = found.about["rows"]
-    for number, name in enumerate(found.about["attacks"]):
-        for world, line in _LINES.items():
-            aside = 1 + 0.02 * (number - (len(found.about["attacks"]) - 1) / 2)  # marks of one budget lie side by side
-            known = [
-                (aside * 100 * budget / rows, at.hits(world, "attack"))
-                for (attack, budget), at in found.measured.items()
-                if attack == name and at.done
-            ]
-            if known:
-                _line(axes, known, number, line, f"{name}, {'unlearner' if world == 'through' else 'retraining'}")
-    axes.set_xlabel("budget, % of the rows (log scale)")
-    axes.set_xscale("log")
-    axes.set_xticks([100 * budget / rows for budget in found.about["budgets"]], minor=False)
-    axes.minorticks_off()
-    axes.xaxis.set_major_formatter("{x:.2g}")
-    axes.set_ylabel("targets hit, %")
-    axes.set_ylim(-4, 104)
-    return _finished(figure, axes)
+    names = found.screened
+    figure = Figure(figsize=(9.6, 1.4 + 0.5 * len(names)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = np.arange(len(names))[::-1]
+    for number, (label, (world, arm, colour)) in enumerate(_KINDS.items()):
+        style = {"color": colour, "fmt": _MARKS[number], "markersize": 5, "capsize": 2, "lw": 1, "label": label}
+        hits = [found.at_most(name).hits(world, arm) for name in names]
+        aside = places + 0.24 * (1 - number)
+        left.errorbar([100 * one.value for one in hits], aside, xerr=_reach(hits), **style)
+        if arm == "attack":
+            moved = [found.at_most(name).least(world) for name in names]
+            right.errorbar([one.value for one in moved], aside, xerr=_spread(moved), **style)
+    left.set_yticks(places, names)
+    left.set_xlabel("targets hit, %")
+    left.set_xlim(-4, 104)
+    right.axvline(0, linestyle=":", color=_INK, lw=1)
+    right.set_xlabel("margin over the nearest control")
+    for axes in (left, right):
+        _follow_the_page(axes)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, labelcolor=_INK, loc="outside upper center", ncols=3, fontsize=9)
+    return _svg(figure)
 
 
-def _line(axes: Axes, known: Sequence[tuple[float, Estimate]], number: int, line: str, label: str) -> None:
-    x, y = [budget for budget, _ in known], [100 * one.value for _, one in known]
-    low = [value - max(0.0, 100 * one.low) for value, (_, one) in zip(y, known, strict=True)]
-    high = [min(100.0, 100 * one.high) - value for value, (_, one) in zip(y, known, strict=True)]
-    colour, mark = _COLOURS[number % len(_COLOURS)], _MARKS[number % len(_MARKS)]
-    axes.errorbar(x, y, yerr=[low, high], linestyle=line, color=colour, marker=mark, capsize=3, lw=1, label=label)
+def _hits_against_budget(found: Redteam) -> str:
+    """A panel for each attack, a line for each kind of requests."""
+    from matplotlib.figure import Figure
+
+    names, wide = found.screened, 4
+    high = -(-len(names) // wide)
+    figure = Figure(figsize=(9.6, 0.6 + 2.1 * high), layout="constrained")
+    panels = figure.subplots(high, wide, sharex=True, sharey=True, squeeze=False).flatten()
+    for axes, name in zip(panels, names, strict=False):
+        known = [(rows, at) for (attack, rows), at in found.measured.items() if attack == name and at.done]
+        for number, (label, (world, arm, colour)) in enumerate(_KINDS.items()):
+            aside = 1.06 ** (number - 1)  # marks of one budget lie side by side
+            line = [(aside * 100 * rows / found.about["rows"], at.hits(world, arm)) for rows, at in known]
+            mark = {"color": colour, "marker": _MARKS[number], "markersize": 4, "capsize": 2, "lw": 1, "label": label}
+            x, y = [budget for budget, _ in line], [100 * one.value for _, one in line]
+            axes.errorbar(x, y, yerr=_reach([one for _, one in line]), linestyle=_LINES[number], **mark)
+        axes.set_title(name, color=_INK, fontsize=10)
+        axes.set_xscale("log")
+        axes.set_xticks([100 * rows / found.about["rows"] for rows in found.about["budgets"]], minor=False)
+        axes.minorticks_off()
+        axes.xaxis.set_major_formatter("{x:.2g}")
+        axes.set_ylim(-4, 104)
+        _follow_the_page(axes)
+    for axes in panels[len(names) :]:
+        axes.set_visible(False)
+    figure.supxlabel("budget, % of the rows (log scale)", color=_INK, fontsize=10)
+    figure.supylabel("targets hit, %", color=_INK, fontsize=10)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, labelcolor=_INK, loc="outside upper center", ncols=3, fontsize=9)
+    return _svg(figure)
+
+
+def _reach(shares: Sequence[Estimate]) -> list[list[float]]:
+    """How far the intervals reach below and above, in percent."""
+    low = [100 * (one.value - max(0.0, one.low)) for one in shares]
+    high = [100 * (min(1.0, one.high) - one.value) for one in shares]
+    return [low, high]
+
+
+def _spread(known: Sequence[Estimate]) -> list[list[float]]:
+    """The same of means; of one target there is no interval to draw."""
+    ends = [(one.value - one.low, one.high - one.value) for one in known]
+    return [[end if math.isfinite(end) else 0.0 for end in side] for side in zip(*ends, strict=True)]
 
 
 def curves(found: Redteam, attack: str) -> str:
@@ -110,7 +160,10 @@ def _bars(axes: Axes, outcome: Outcome, target: Mapping[str, Any]) -> None:
     shown = np.arange(len(said)) if len(said) <= 12 else np.sort(np.argsort(said)[-8:])
     own = target["y"]
     colours = [_COLOURS[2] if one == own else _COLOURS[1] if said[one] == said.max() else "#8a929a" for one in shown]
-    axes.bar([str(one) for one in shown], said[shown], color=colours)
+    names = [
+        f"{one}\ntrue" if one == own else f"{one}\nwanted" if one == target["wanted"] else str(one) for one in shown
+    ]
+    axes.bar(names, said[shown], color=colours)
 
 
 def _finished(figure: Figure, axes: Axes) -> str:

@@ -68,7 +68,7 @@ def redteam(
         benign: other such requests, on which their false alarms are measured.
         rng: names the coins; nothing is drawn from it.
         keep: folder that every trial is kept in as it is finished; the same call goes on there after a break.
-        progress: told (what, trials done, trials in all).
+        progress: told (what, trials done, trials in all) before each trial that was not kept before, and at the end.
 
     Raises:
         Misuse: for nothing to try, a budget out of range, more targets than there are, or another study's folder.
@@ -104,8 +104,10 @@ def redteam(
     with opened(keep, about) as cells:
         run = _Run(judge=judge, watch=watch, ground=ground, aims=aims, cells=cells, rng=rng, benign=benign)
         for done, (name, budget, number) in enumerate(setting.trials(targets)):
+            if run.kept(name, budget, number):
+                continue
             if progress is not None:
-                progress(f"{name}, {budget} rows", done, setting.count(targets))
+                progress(f"{name}, {budget} rows, target {number + 1}", done, setting.count(targets))
             run.trial(name, attacks[name], budget, number)
         if progress is not None:
             progress("done", setting.count(targets), setting.count(targets))
@@ -144,11 +146,12 @@ class _Run:
     rng: torch.Generator
     benign: int
 
+    def kept(self, name: str, budget: int, number: int) -> bool:
+        """Whether this trial was kept before."""
+        return ("tried", name, budget, number) in self.cells
+
     def trial(self, name: str, make: Maker, budget: int, number: int) -> None:
-        """One attempt, judged, screened and kept; nothing if it was kept before."""
-        key = ("tried", name, budget, number)
-        if key in self.cells:
-            return
+        """One attempt, judged, screened and kept."""
         coins = child(self.rng, "trial", name, budget, number)
         attempt, tried = self._tried(name, make, budget, number, coins)
         watched = []
@@ -156,6 +159,7 @@ class _Run:
             self._good_faith(attempt, name)
             watched = self.watch.attempt(attempt, name, number, budget)
         group = group_of(attempt, name) if attempt else ""
+        key = ("tried", name, budget, number)
         self.cells.add(key, {"tried": tried.to_json(), "watched": [asdict(one) for one in watched], "group": group})
 
     def _tried(

@@ -81,6 +81,17 @@ class Redteam:
         """This attack at the largest budget."""
         return self.measured[attack, self.largest]
 
+    @cached_property
+    def refused(self) -> frozenset[tuple[str, int]]:
+        """Attacks and budgets all of whose requests the unlearner refused: every target is as it was before."""
+        return frozenset(key for key, at in self.measured.items() if at.done and all(map(_unmoved, at.done)))
+
+    @property
+    def screened(self) -> tuple[str, ...]:
+        """Attacks that came to anything at the largest budget, without those that the unlearner refused."""
+        names = self.about["attacks"]
+        return tuple(one for one in names if self.at_most(one).done and (one, self.largest) not in self.refused)
+
     @property
     def harmful(self) -> tuple[str, ...]:
         """Attacks that move targets through the unlearner further than any control that does not know the target."""
@@ -156,6 +167,12 @@ class Redteam:
             benign=tuple(_benign(one) for one in data["benign"]),
             groups={(name, rows, target): group for name, rows, target, group in data["groups"]},
         )
+
+
+def _unmoved(tried: Tried) -> bool:
+    """Whether requests were refused, and the model answers as before."""
+    after, before = tried.of("through", "attack")[0], tried.of("through", "nothing")[0]
+    return bool(after.refused) and (after.margin, after.accuracy) == (before.margin, before.accuracy)
 
 
 def _key(tried: Tried) -> tuple[str, int, int]:

@@ -193,6 +193,7 @@ def summary(found: Redteam) -> dict[str, Any]:
         ],
         "harmful": list(found.harmful),
         "uncaught": list(found.uncaught),
+        "refused": [list(one) for one in found.measured if one in found.refused],
         **_finite(asdict(choice)),
         "recommended": choice.recommended,
     }
