@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from expunge import InfluenceUnlearning, Recipe, Request, Retrain, train
+from expunge import InfluenceUnlearning, Recipe, Request, Retrain, Sharding, train
 from expunge.attack.aim import pick_targets
 from expunge.attack.judge import Judge, carry_out, without_target
 from expunge.attack.judge_arms import controls, nearest, size_of
@@ -17,6 +17,7 @@ from expunge.core.coins import child, generator
 from expunge.core.errors import Misuse
 from expunge.core.protocols import Judgement, Target
 from expunge.core.records import Records
+from expunge.screen import Membership
 from expunge.testing.case import digits
 from tests.screen.liars import ReadsLabels
 
@@ -494,6 +495,94 @@ def test_a_screen_that_knows_the_tests_rows_by_their_ids_is_exposed(exam):
     assert found.false_alarms.value == 0
     assert found.renamed == len(exam[0])
     assert [line.partition(":")[0] for line in found.exposed] == ["reads record ids"]
+
+
+def by_owner(trained, records, request, *, rng):
+    return said_of(records, request, request.owner == "mallory")
+
+
+def by_the_owner_of_the_rows(trained, records, request, *, rng):
+    return said_of(records, request, "mallory" in records.of_owner(request.owner).owners)
+
+
+def unless_known(trained, records, request, *, rng):
+    return said_of(records, request, not request.owner.startswith("customer"))
+
+
+def said_of(records, request, flagged):
+    rows = records.of_owner(request.owner)
+    return tuple(Judgement(record=name, score=float(flagged), flagged=flagged, reason="") for name in rows.ids)
+
+
+def seen_of(trained, records, request, *, rng):
+    """An honest screen: the model's loss on the owner's rows."""
+    rows = records.of_owner(request.owner)
+    return Sees()(trained, records, Request.remove(rows.ids), rng=rng)
+
+
+@pytest.fixture(scope="module", params=["whole", "shards"])
+def owned(request, case, trained):
+    """Owners in bad faith, who hold misunderstood rows, and owners in good; each asks for all that is theirs."""
+    with torch.no_grad():
+        loss = -torch.log_softmax(trained.module(case.records.x), 1).gather(1, case.records.y[:, None])[:, 0]
+    hard = set(loss.argsort(descending=True)[:60].tolist())
+    owners, easy = [], 0
+    for row in range(len(case.records)):
+        if row in hard:
+            owners.append("mallory" if row % 2 else f"mallory-{row % 20}")
+        else:
+            easy += 1
+            owners.append(f"customer-{easy % 40}")
+    base = case.records
+    records = Records(base.x, base.y, base.ids, owners, classes=base.classes)
+    recipe = SOFTMAX if request.param == "whole" else replace(SOFTMAX, sharding=Sharding(shards=2, slices=2))
+    model = train(recipe, records)
+    bad = [name for name in sorted(set(owners)) if name.startswith("mallory")]
+    good = [name for name in sorted(set(owners)) if name.startswith("customer")]
+    return tuple(
+        [Filed(trained=model, records=records, request=Request.remove_owner(name, asked_by=name)) for name in side]
+        for side in (bad, good)
+    )
+
+
+@pytest.mark.parametrize("liar", [by_owner, by_the_owner_of_the_rows, unless_known])
+def test_a_screen_that_knows_the_tests_owners_by_name_is_exposed(owned, liar):
+    found = examine(liar, *owned, rng=generator(0))
+    assert (found.power.value > 0, found.false_alarms.value) == (True, 0)
+    assert found.changed == found.renamed == 0
+    assert found.exchanged > 0
+    assert any(line.startswith("reads owners' names") for line in found.exposed)
+
+
+def test_honest_screens_do_not_mind_other_owners(owned):
+    def member(trained, records, request, *, rng):
+        return Membership()(trained, records, request, rng=rng)
+
+    for honest in (seen_of, member):
+        assert examine(honest, *owned, rng=generator(0)).exchanged == 0
+
+
+def test_owners_exchange_names_and_the_rows_of_one_stay_together(owned):
+    bad, good = owned
+    seen = []
+
+    def looks(trained, records, request, *, rng):
+        seen.append((trained, records, request.owner))
+        return said_of(records, request, False)
+
+    examine(looks, bad, good, rng=generator(0))
+    trained, records, _ = seen[-1]
+    was = bad[0].records.owners
+    pairs = set(zip(was, records.owners, strict=True))
+    assert len(pairs) == len(set(was)) == len(set(records.owners))
+    assert all(old != new for old, new in pairs)
+    if trained.recipe.sharding is None:
+        assert {new for old, new in pairs if old.startswith("mallory")} <= set(was)
+    else:
+        cut = trained.recipe.sharding
+        assert all((cut.shard_of(a), cut.slice_of(a)) == (cut.shard_of(b), cut.slice_of(b)) for a, b in pairs)
+    asked = [owner for _, _, owner in seen[-len(bad) - len(good) :]]
+    assert asked == [dict(pairs)[one.request.owner] for one in (*bad, *good)]
 
 
 def test_an_exam_without_requests_is_none(exam):

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -242,6 +243,53 @@ def test_another_model_size_or_kind_asks_for_another_calibration(screening):
     mixed = calibrate([GradientNorm()], trained, records, size=5, by="classes", like=Counter({0: 5}), rng=generator(0))
     with pytest.raises(Misuse, match="mix of classes"):
         mixed(trained, records, Request.remove(records.ids[:5]), rng=generator(0))
+
+
+def test_calibrated_anew_benign_replacements_are_still_made_as_they_were():
+    trained, records = kit.trained("softmax"), kit.records()
+    made = []
+
+    def brighter(rows, rng):
+        made.append(len(rows))
+        return Records(rows.x * 0.9, rows.y, rows.ids, classes=10)
+
+    about = {"size": 4, "kind": "replace", "draws": 20}
+    one = calibrate([GradientNorm()], trained, records, **about, alter=brighter, rng=generator(0))
+    first = len(made)
+    assert first == 20
+    again = one.again(trained, records, rng=generator(0))
+    assert len(made) == 2 * first
+    assert torch.equal(again.scores, one.scores)
+    plain = calibrate([GradientNorm()], trained, records, **about, rng=generator(0))
+    assert not torch.equal(plain.scores, one.scores)
+    read = Screening.from_json(json.loads(json.dumps(one.to_json())), [GradientNorm()])
+    with pytest.raises(Misuse, match="alter that JSON does not hold; give it"):
+        read.again(trained, records, rng=generator(0))
+    assert torch.equal(read.again(trained, records, alter=brighter, rng=generator(0)).scores, one.scores)
+    older = {name: value for name, value in plain.to_json().items() if name != "altered"}
+    assert torch.equal(
+        Screening.from_json(older, [GradientNorm()]).again(trained, records, rng=generator(0)).scores, plain.scores
+    )
+
+
+def test_a_decision_tells_what_was_found_in_words_that_name_no_record(screening):
+    trained, records = kit.trained(), kit.records()
+    asked = Request.remove(kit.picked(size=SIZE)[0].ids, asked_by="somebody")
+    found = screening(trained, records, asked, rng=generator(0))
+    assert re.fullmatch(
+        r"flagged (by \w+: p [\d.e-]+; )+by all 5 together: p [\d.e-]+, at 5 % false alarms", found.told
+    )
+    assert "by GradientInfluence: p " in found.told
+    assert not any(name in found.told for name in (*asked.ids, "somebody"))
+    benign = screening(trained, records, Request.remove(records.ids[100 : 100 + SIZE]), rng=generator(0))
+    assert re.fullmatch(r"not flagged: p [\d.]+, at 5 % false alarms", benign.told)
+    one = defend(trained, records, asked, screens=[GradientInfluence()], draws=60, rng=generator(0))
+    assert one.told == f"flagged by GradientInfluence: p {one.p:.3g}, at 5 % false alarms"
+    nothing = defend(trained, records, Request.remove([]), screens=[GradientNorm()], rng=generator(0))
+    assert nothing.told == "nothing was asked that is still there"
+    strangers = Request.remove_rows("nobody", 1 - records.x[:2], records.y[:2])
+    refused = defend(trained, records, strangers, screens=[GradientNorm()], rng=generator(0))
+    assert refused.told == "the model was trained on none of the rows"
 
 
 def test_a_model_that_was_changed_in_place_is_another_model():

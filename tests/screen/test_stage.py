@@ -29,7 +29,10 @@ def test_a_benign_request_passes_and_a_picked_one_is_held():
     assert isinstance(passed, Passed)
     held = one(job(benign, Request.remove(kit.picked()[0].ids), kind="mlp"), rng=generator(0))
     assert isinstance(held, Held)
-    assert held.why.startswith("exact")
+    assert held.why.startswith("flagged by ")
+    assert held.why == held.evidence["told"]
+    assert not any(name in held.why for name in kit.records().ids)
+    assert passed.evidence["told"].startswith("not flagged: p ")
     assert json.loads(json.dumps(held.evidence)) == held.evidence
     first, second = held.evidence["decisions"]
     assert (first["action"], second["action"], second["hold"]) == ("carry out", "exact", True)
@@ -82,6 +85,15 @@ def test_in_a_journey_a_flagged_erasure_waits_or_goes_to_exact_retraining_and_is
         flagged = here.ask(Request.remove_owner(ann))
         here.run(stages=[ScreenStage(screens=(known,), draws=40)], now=True)
         assert here.state(flagged) == state
+        words = "flagged by ReadsLabels: p 0.0244, at 5 % false alarms"
+        (entry,) = [one for one in here.ledger.log.entries(flagged) if one.kind in ("screened", "held")]
+        assert entry.body["stages"] == [f"screen: held: {words}"]
+        assert ann not in json.dumps(entry.to_json())
+        if policy == "exact":
+            assert here.stages(flagged)["screen"] == "held"
+            assert "p 0.0244" not in json.dumps(here.statement(flagged))
+        else:
+            assert here.filed(flagged).why == words
         benign = here.ask(Request.remove_owner(bob))
         here.run(stages=[ScreenStage(screens=(known, GradientNorm()), draws=40, rate=0.03)], now=True)
         assert here.state(benign) == "completed"

@@ -54,7 +54,7 @@ def test_only_whether_it_is_of_use_here_and_what_noise_hides_are_excepted():
     hidden = {"clipped-fine-tune", "clipped-model-fine-tune"}
     assert set(EXCEPTIONS) == useless | hidden
     assert all(set(EXCEPTIONS[name]) == {"nearer-than-standing-still"} for name in useless)
-    assert all(set(EXCEPTIONS[name]) == {"row-order", "gone-stays-gone"} for name in hidden)
+    assert all(set(EXCEPTIONS[name]) == {"row-order", "gone-stays-gone", "replacements-learnt"} for name in hidden)
 
 
 def test_retrain_of_a_sharded_model_conforms_too():
@@ -92,6 +92,9 @@ def wrong_sign(module, forget, retain, rng):
     return student
 
 
+WRONG_SIGN = Foreign("wrong-sign", wrong_sign, learns_new=False)
+
+
 def test_foreign_function_that_is_right_conforms():
     report = conformance(Foreign("fine-tune", fine_tune))
     assert report.passed, report
@@ -103,7 +106,15 @@ def test_foreign_function_on_a_shallow_copy_is_caught():
 
 
 def test_foreign_function_of_the_wrong_sign_is_caught():
-    assert conformance(Foreign("wrong-sign", wrong_sign)).failed == ("nearer-than-standing-still",)
+    assert conformance(WRONG_SIGN).failed == ("nearer-than-standing-still",)
+
+
+def test_foreign_function_that_trains_on_no_retained_row_must_refuse_replacements():
+    check = [check for check in CHECKS if check.name == "replacements-learnt"]
+    unsaid = conformance(Foreign("wrong-sign", wrong_sign), checks=check)
+    assert not unsaid.passed
+    assert "they are not trained on" in unsaid["replacements-learnt"].why
+    assert conformance(WRONG_SIGN, checks=check).passed
 
 
 def test_foreign_claim_of_exactness_is_tested():
@@ -122,7 +133,7 @@ def test_foreign_error_is_a_finding_with_its_message():
 
 def test_known_exceptions_pass_and_needless_ones_do_not():
     known = {"nearer-than-standing-still": "goes the other way"}
-    report = conformance(Foreign("wrong-sign", wrong_sign), exceptions=known)
+    report = conformance(WRONG_SIGN, exceptions=known)
     assert report.passed
     assert "[known: goes the other way]" in str(report)
     needless = conformance(Foreign("fine-tune", fine_tune), exceptions=known)

@@ -15,9 +15,24 @@ from expunge.core.recipe import Recipe, Sharding
 from expunge.core.records import Records
 from expunge.core.request import Request
 from expunge.learn.build import build
-from expunge.learn.loop import fit
+from expunge.learn.loop import Tally, fit
 from expunge.learn.training import adopt, train
-from expunge.unlearn import FineTune, GradientAscent, NegGradPlus, RandomLabels, Retrain, RetrainBriefly, Sisa
+from expunge.unlearn import (
+    BadTeacher,
+    BoundaryShrink,
+    FineTune,
+    FisherForgetting,
+    GradientAscent,
+    NegGradPlus,
+    Pruned,
+    RandomLabels,
+    Retrain,
+    RetrainBriefly,
+    SaliencyMasked,
+    Scrub,
+    SelectiveSynapticDampening,
+    Sisa,
+)
 from expunge.unlearn.random_labels import wrong_labels
 
 APPROXIMATE = (FineTune(), GradientAscent(), NegGradPlus(), RandomLabels())
@@ -169,6 +184,36 @@ def test_replacing_rows_equals_training_on_the_new_set(method, trained, sharded)
     assert result.trained.ids == scratch.ids
     assert result.trained.gone == frozenset(FORGET)
     assert Replaced(rows=len(FORGET)) in result.events
+
+
+BLIND = {
+    "gradient-ascent": GradientAscent(),
+    "boundary-shrink": BoundaryShrink(),
+    "bad-teacher": BadTeacher(),
+    "fisher-forgetting": FisherForgetting(),
+    "dampening": SelectiveSynapticDampening(),
+    "saliency-masked": SaliencyMasked(then=GradientAscent()),
+    "pruned": Pruned(sparsity=0.5, then=GradientAscent()),
+    "neg-grad-plus without retained rows": NegGradPlus(weight=0.0),
+    "scrub without labels": Scrub(gamma=0.0),
+    "retrain-briefly, too briefly": RetrainBriefly(steps=5),
+}
+
+
+@pytest.mark.parametrize("method", BLIND.values(), ids=BLIND)
+def test_a_method_that_would_not_learn_the_new_rows_refuses_to_replace_any(method, trained):
+    x, y = RECORDS.take(FORGET).x + 0.5, (RECORDS.take(FORGET).y + 1) % 4
+    was = trained.digest()
+    with pytest.raises(Unsupported, match=r"replacement.*use (fine-tune or )?retrain"):
+        method(trained, RECORDS, Request.replace_rows(FORGET, x, y), rng=generator(0))
+    assert trained.digest() == was
+    tally = Tally()
+    with pytest.raises(Unsupported):
+        method(trained, RECORDS, Request.replace_rows(FORGET, x, y), rng=generator(0), tally=tally)
+    assert (tally.gradients, tally.rows_read) == (0, 0)
+    after = Retrain()(trained, RECORDS, Request.remove(FORGET), rng=generator(0)).trained
+    again = method(after, RECORDS, Request.replace_rows(FORGET, x, y), rng=generator(0))
+    assert again.trained is after  # they are gone: nothing comes in their stead, and nothing is lost
 
 
 # Sisa

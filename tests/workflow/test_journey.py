@@ -112,6 +112,22 @@ def test_a_replacement_is_held_because_a_workspace_keeps_no_rows(place):
     assert here.versions() == ["v0001"]
 
 
+@pytest.mark.parametrize("first", ["removal", "replacement"])
+def test_a_removal_and_a_replacement_of_one_record_contradict_and_the_removal_goes_on_alone(place, first):
+    here, row = place("whole", count=1), kit.digits().select([0])
+    filed = {"removal": Request.remove(row.ids), "replacement": Request.replace_rows(row.ids, row.x + 1, row.y)}
+    ids = {name: here.ask(filed[name]) for name in sorted(filed, key=lambda name: name != first)}
+    progress = here.run()
+    assert (progress.completed, progress.held, progress.failed) == ((ids["removal"],), (ids["replacement"],), ())
+    assert here.said(ids["removal"])["removed"]["count"] == 1
+    why = here.filed(ids["replacement"]).why
+    assert "cannot be carried out as it stands: a workspace keeps no rows" in why
+    here.ledger.requests.release(ids["replacement"])
+    assert here.run().held == (ids["replacement"],)
+    assert here.workspace.asked(ids["replacement"]).kind == "replace"
+    assert here.sound()
+
+
 @pytest.mark.parametrize(
     ("request_", "why"),
     [

@@ -20,7 +20,7 @@ from expunge.core.coins import child
 from expunge.core.errors import ExpungeError, Misuse, NeverTrained, UnknownRecord
 from expunge.core.protocols import Attack, Method, Target
 from expunge.core.records import Records
-from expunge.core.request import Request
+from expunge.core.request import Request, refuse_contradictions
 from expunge.core.trained import Trained
 from expunge.learn.predict import outputs
 from expunge.learn.training import train
@@ -111,7 +111,8 @@ class Judge:
         """Let the attacker bring rows, train on them if it does, and let it file its requests, or none.
 
         Raises:
-            Misuse: for a target that the model cannot be asked about, or a request for nothing.
+            Misuse: for a target that the model cannot be asked about, a request for nothing, or requests that
+                contradict each other.
             ExpungeError: whatever the attack raises.
         """
         check_target(target, self.records)
@@ -127,6 +128,7 @@ class Judge:
         seconds += time.perf_counter() - started
         if not all(size_of(one, records) for one in filed):
             raise Misuse("the attack filed an empty request; give it a budget of at least one row")
+        _refuse_contradictions(trained, records, filed)
         ids = frozenset() if brought is None else frozenset(brought.ids)
         return Attempt(
             target=target, trained=trained, records=records, requests=tuple(filed), brought=ids, seconds=seconds
@@ -241,7 +243,11 @@ def carry_out(
     A request that the method refuses changes nothing and is recorded: its error's class and text. Requests by id are
     carried out by an exact method in one, which gives the same model. With `blind`, rows that the model was never
     trained on are taken for members, as by a provider that does not look.
+
+    Raises:
+        Misuse: before any work, if requests contradict each other; see `refuse_contradictions`.
     """
+    _refuse_contradictions(trained, records, requests)
     seconds, gradients, refused = 0.0, 0, []
     for place, request in enumerate(_in_one(method, trained, requests)):
         try:
@@ -255,6 +261,11 @@ def carry_out(
         trained, records = answer.trained, records if came is None else records.plus(came)
         seconds, gradients = seconds + answer.cost.seconds, gradients + answer.cost.gradients
     return trained, {"seconds": seconds, "gradients": gradients, "refused": tuple(refused)}
+
+
+def _refuse_contradictions(trained: Trained, records: Records, requests: Sequence[Request]) -> None:
+    by_place = {f"request {place}": one for place, one in enumerate(requests, start=1)}
+    refuse_contradictions(by_place, records, ids=trained.ids, gone=trained.gone)
 
 
 def _taken_for_members(trained: Trained, records: Records, request: Request) -> tuple[Trained, Records, Request]:

@@ -44,10 +44,9 @@ class ReplaceRequests:
     - ``matching``: where the unlearner is not known, or a network is trained anew: 1 less the cosine between the moved
       rows' step and the one that brings L down (Geiping et al., 2021).
     - ``auto``: ``retraining`` for an unlearner that claims to equal retraining, on a softmax regression; ``adjoint``
-      for gradient ascent and influence; else ``matching``.
+      for influence; else ``matching``.
 
-    Gradient ascent here climbs the loss of the rows that leave and never sees those that come, so that it is the choice
-    of rows alone that harms it: take ``choose="effects"``, or `SelectRequests`.
+    Unlearners that never see the rows that come, as `GradientAscent` here, refuse replacements: file `SelectRequests`.
 
     With `Queries` nothing has a gradient: the first-order effect of a moved row is taken from the served model's
     answers as `Queries` says, and descended by two-sided differences along random signs.

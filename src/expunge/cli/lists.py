@@ -97,6 +97,7 @@ def _about(word: str, kind: type[Method]) -> dict[str, Any]:
         "choices": {name: words for name, words in _choices(kind).items() if words},
         "cost": " ".join(cost[1].split()) if cost else None,
         "source": kind.source,
+        "learns_new": kind().learns_new,
         "not_guaranteed": kind.not_guaranteed,
     }
 
@@ -150,6 +151,7 @@ def _page(found: list[dict[str, Any]]) -> str:
             "",
             f"- Settings: {_settings(about)}",
             f"- Cost: {about['cost']}",
+            f"- Requests to replace rows: {'the new rows are learnt' if about['learns_new'] else 'refused'}",
             f"- Not guaranteed: {about['not_guaranteed']}",
         ]
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -118,16 +119,36 @@ def _list(ws: Workspace, found: list[Filed], told: list[dict[str, Any]]) -> None
 
 def _one(ws: Workspace, filed: Filed, about: dict[str, Any], as_json: bool) -> None:
     events = [entry.to_json() for entry in ws.ledger.log.entries(filed.id)]
-    after = next_of(ws, filed)
+    after, screened = next_of(ws, filed), _screened(ws.ledger.log.entries(filed.id))
     if as_json:
-        print(json.dumps({**about, "events": events, "next": after}))
+        print(json.dumps({**about, "screened": screened, "events": events, "next": after}))
         return
     print(f"request {filed.id} about {filed.model}: {filed.state.value}, {due_text(ws, filed)}")
     if filed.why:
         print(f"why     {plain(filed.why)}")
+    if screened is not None:
+        print(f"screen  {plain(screened)}")
     print(f"asked   {plain(_asked(ws, filed))}\n")
     console().print(outline(_event(ws, entry) for entry in ws.ledger.log.entries(filed.id)))
     print(f"\nnext    {after}")
+
+
+def _screened(entries: Iterable[Entry]) -> str | None:
+    """What its screening found and what came of it, in words; None if it was not screened."""
+    found, then = None, ""
+    for entry in entries:
+        if entry.kind in ("screened", "held"):
+            said = dict(one.split(": ", 1) for one in entry.body["stages"]).get("screen")
+            found, then = said or found, ""
+            if said is not None and said.startswith(("held", "failed")):
+                then = "held for a person" if entry.kind == "held" else "sent to exact retraining"
+        elif entry.kind == "released" and then:
+            then = "released by a person" + (", to exact retraining" if entry.body["exact"] else "")
+    if found is None or found == "not done":
+        return None
+    word, _, told = found.partition(": ")
+    what = told or {"held": "flagged", "failed": "the screen itself failed"}.get(word, word)
+    return f"{what}: {then}" if then else what
 
 
 def _event(ws: Workspace, entry: Entry) -> tuple[str, str, str]:

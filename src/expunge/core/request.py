@@ -239,6 +239,51 @@ class Request:
         return new
 
 
+def refuse_contradictions(
+    requests: Mapping[str, Request], records: Records, *, ids: frozenset[str] | None = None, gone: frozenset[str]
+) -> None:
+    """Misuse, before any work, if requests that are to be carried out together contradict each other.
+
+    They do if one removes a row that another replaces, or if two replace it by different rows. To ask twice for the
+    same is none: the second finds the row gone. What names nothing that is there is left to `Request.split`.
+
+    Args:
+        requests: by the names that the message calls them by, in order.
+        records: the data set as registered.
+        ids: what the model is trained on; None: all records but the gone ones.
+        gone: what was removed before.
+
+    Cost: a look-up a named row.
+    """
+    asked: dict[str, tuple[str, Request, int]] = {}
+    found: Counter[tuple[str, str, bool]] = Counter()
+    for name, request in requests.items() if len(requests) > 1 else ():
+        try:
+            named = request.ids if request.by_id else request.named(records, gone, ids)
+        except UnknownRecord:
+            continue
+        for row, record_id in enumerate(named):
+            first, other, place = asked.setdefault(record_id, (name, request, row))
+            if first != name and not _same(other, place, request, row):
+                found[first, name, other.kind == request.kind] += 1
+    for (first, second, both), rows in found.items():
+        how = "both replace them, by different rows" if both else "one removes them and the other replaces them"
+        raise Misuse(
+            f'"{first}" and "{second}" contradict each other about {rows:,} rows: {how}; file one of them, or the '
+            "second once the first is done"
+        )
+
+
+def _same(one: Request, row: int, other: Request, other_row: int) -> bool:
+    """Whether both want the same of a record: its removal, or the same row in its stead."""
+    if "replace" not in (one.kind, other.kind):
+        return True
+    if one.kind != other.kind or one.x is None or one.y is None or other.x is None or other.y is None:
+        return False
+    pairs = ((one.x[row], other.x[other_row]), (one.y[row], other.y[other_row]))
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
 def _to_text(tensor: Tensor) -> dict[str, Any]:
     data = base64.b64encode(array_of(tensor).tobytes()).decode("ascii")
     return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "data": data}

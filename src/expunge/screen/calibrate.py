@@ -44,6 +44,8 @@ class Screening:
         kind: ``remove`` (however rows are named) or ``replace``.
         by: how benign requests were drawn, see `benign.Benign`.
         like: with ``classes``, rows of each class.
+        alter: what benign rows were replaced by, if the default was not; JSON does not hold it.
+        altered: whether there was such an `alter`, which JSON does hold.
         seed: names the coins of the benign draws; attacks that are to be judged by it need another.
         looked: names the coins of what the screens drew when they looked at the model.
         model: digest of the model.
@@ -60,6 +62,8 @@ class Screening:
     model: str
     scores: Tensor
     like: Mapping[int, int] = field(default_factory=dict)
+    alter: Alter | None = field(default=None, repr=False)
+    altered: bool = False
     _desks: list[Desk] = field(default_factory=list, repr=False)
 
     def __call__(self, trained: Trained, records: Records, request: Request, *, rng: Generator) -> Decision:
@@ -113,8 +117,23 @@ class Screening:
         if self.by == "classes" and Counter(self.like) != mix_of(records, asked):
             raise Misuse("the screens were calibrated on another mix of classes than this request's; calibrate for it")
 
-    def again(self, trained: Trained, records: Records, *, size: int | None = None, rng: Generator) -> Screening:
-        """The same screens calibrated anew: on another model, with other coins, or for another size."""
+    def again(
+        self,
+        trained: Trained,
+        records: Records,
+        *,
+        size: int | None = None,
+        alter: Alter | None = None,
+        rng: Generator,
+    ) -> Screening:
+        """The same screens calibrated anew: on another model, with other coins, for another size, or another `alter`.
+
+        Raises:
+            Misuse: if it was calibrated with an `alter` that is not known any more, as after `from_json`; give it.
+        """
+        alter = self.alter if alter is None else alter
+        if self.altered and alter is None:
+            raise Misuse("benign replacements were made by an alter that JSON does not hold; give it: again(alter=...)")
         like = Counter(self.like) if self.by == "classes" else None
         return calibrate(
             self.screens,
@@ -126,6 +145,7 @@ class Screening:
             draws=len(self.scores),
             by=self.by,
             like=like,
+            alter=alter,
             rng=rng,
         )
 
@@ -136,6 +156,7 @@ class Screening:
             "screens": [{"screen": name, "settings": settings(one)} for name, one in named(self.screens).items()],
             **{name: getattr(self, name) for name in ("rate", "size", "kind", "by", "seed", "looked", "model")},
             "like": {str(label): many for label, many in self.like.items()},
+            "altered": self.altered,
             "scores": self.scores.tolist(),
         }
 
@@ -150,10 +171,11 @@ class Screening:
         try:
             scores = torch.tensor(data["scores"], dtype=torch.float64).reshape(-1, len(mine))
             like = {int(label): int(many) for label, many in data["like"].items()}
+            altered = bool(data.get("altered", False))
             plain: dict[str, Any] = {n: data[n] for n in ("rate", "size", "kind", "by", "seed", "looked", "model")}
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise Misuse(f"this is no calibration as to_json writes it ({error!r})") from None
-        return cls(screens=tuple(screens), scores=scores, like=like, **plain)
+        return cls(screens=tuple(screens), scores=scores, like=like, altered=altered, **plain)
 
 
 def calibrate(
@@ -205,6 +227,8 @@ def calibrate(
         kind=kind,
         by=by,
         like=dict(like or {}),
+        alter=alter,
+        altered=alter is not None,
         seed=rng.initial_seed(),
         looked=desk.seed,
         model=desk.model,

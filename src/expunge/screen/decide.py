@@ -53,6 +53,22 @@ class Decision:
         p = "" if self.p is None else f" · p {self.p:.3g} at a false-alarm rate of {self.rate:g}"
         return f"{self.action}{' · held' if self.hold else ''}{p}"
 
+    @property
+    def told(self) -> str:
+        """What was found, in words that name no record and hold none of its contents: a permanent log may keep them."""
+        if self.action == "refuse":
+            return "the model was trained on none of the rows"
+        if self.p is None:
+            return "nothing was asked that is still there"
+        at = f"p {self.p:.3g}, at {100 * self.rate:g} % false alarms"
+        if not self.flagged:
+            return f"not flagged: {at}"
+        by = [(name, p) for name, p in sorted(self.p_values.items(), key=lambda one: one[1]) if p <= self.rate]
+        if len(self.p_values) == 1:
+            return f"flagged by {next(iter(self.p_values))}: {at}"
+        alone = "; ".join(f"by {name}: p {p:.3g}" for name, p in by) or "by no screen alone"
+        return f"flagged {alone}; by all {len(self.p_values)} together: {at}"
+
     def to_json(self) -> dict[str, Any]:
         """All but rows' contents as plain JSON values: a person or a log can keep it."""
         rows = {

@@ -10,6 +10,7 @@ from torch import Generator
 from expunge.core.coins import child
 from expunge.core.errors import Misuse
 from expunge.core.protocols import Held, Job, Passed, Screen
+from expunge.core.request import refuse_contradictions
 from expunge.screen.benign import By
 from expunge.screen.calibrate import defend
 from expunge.screen.conformal import least_draws
@@ -21,7 +22,8 @@ class ScreenStage:
     """Screens every request of a job, and holds it if one is not simply to be carried out.
 
     What follows from `Held` is the workspace's policy: a person, or exact retraining; never a refusal of a valid
-    erasure. The evidence holds scores, p-values and reasons, and names records by id; no contents.
+    erasure. The evidence holds scores, p-values and reasons, and names records by id; no contents. What it has under
+    ``told`` names no record either, and is what a workspace's log keeps.
 
     Attributes:
         screens: the screens.
@@ -49,7 +51,13 @@ class ScreenStage:
             )
 
     def __call__(self, job: Job, *, rng: Generator) -> Passed | Held:
-        """Judge each request by itself; several that act together only as one are not seen."""
+        """Judge each request by itself; several that act together only as one are not seen.
+
+        Raises:
+            Misuse: before any work, if requests of the job contradict each other; see `refuse_contradictions`.
+        """
+        by_place = {f"request {place}": one for place, one in enumerate(job.requests, start=1)}
+        refuse_contradictions(by_place, job.records, ids=job.before.ids, gone=job.before.gone)
         desk = self._desk(job, child(rng, "screen").initial_seed() if self.seed is None else self.seed)
         coins = child(rng, "screen") if self.seed is None else child(rng).manual_seed(self.seed)
         decisions = [
@@ -66,11 +74,12 @@ class ScreenStage:
             )
             for request in job.requests
         ]
-        evidence = {"decisions": [one.to_json() for one in decisions]}
         held = [one for one in decisions if one.action != "carry out"]
+        told = "; ".join(one.told for one in held or decisions)
+        evidence = {"decisions": [one.to_json() for one in decisions], "told": told}
         if not held:
             return Passed(why=f"{len(decisions)} requests like benign ones of their sizes", evidence=evidence)
-        return Held(why="; ".join(str(one) for one in held), evidence=evidence)
+        return Held(why=told, evidence=evidence)
 
     def _desk(self, job: Job, seed: int) -> Desk:
         for desk in self._desks:

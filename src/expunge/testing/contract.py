@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from expunge.core.claim import Claim
 from expunge.core.coins import generator
@@ -16,8 +16,11 @@ from expunge.core.digest import digest_tensors
 from expunge.core.errors import ExpungeError, NeverTrained, UnknownRecord, Unsupported
 from expunge.core.protocols import Unlearned, Verdict
 from expunge.core.records import Records
+from expunge.core.request import Request
+from expunge.learn.loop import row_losses
+from expunge.learn.predict import outputs
 from expunge.learn.training import adopt
-from expunge.testing.case import private_copy
+from expunge.testing.case import Case, private_copy
 from expunge.testing.trial import (
     NamedCheck,
     Trial,
@@ -200,6 +203,70 @@ class NotANoop(NamedCheck):
         return self.unless(["the parameters are as they were"] * (moved == 0), "the parameters changed", moved=moved)
 
 
+class ReplacementsLearnt(NamedCheck):
+    """A request to replace rows is refused, naming what to use, or the rows that come are learnt.
+
+    Learnt: they are booked, with other labels they give another model, and they are answered better than after the
+    removal of the old ones alone. Else the books name rows as trained on that no training read.
+    """
+
+    name: ClassVar[str] = "replacements-learnt"
+
+    def __call__(self, subject: Trial, *, rng: Generator) -> Verdict:
+        """Replace the case's rows by test rows with wrong labels, then by the same with their own."""
+        case, trained = subject.case, subject.start()
+        wrong, right = (_replacing(case, wrong) for wrong in (True, False))
+        before = footprint(trained)
+        try:
+            one = subject.call(trained, wrong)
+        except Unsupported as error:
+            problems = [
+                f"{name} changed although the request was refused" for name in differing(before, footprint(trained))
+            ]
+            problems += ["refuses without saying what to use"] * ("use " not in str(error))
+            return self.unless(problems, f"refuses: {error}")
+        new = wrong.split(case.records, ids=trained.ids, gone=trained.gone).added
+        problems = ["the rows that came are not booked"] * (
+            one.trained.ids != (trained.ids - set(case.forget.ids)) | new
+        )
+        if noise_hides(one):
+            return Verdict(check=self.name, outcome="inconclusive", why="the result keeps no state without noise")
+        other = subject.call(subject.start(), right)
+        if digest_tensors(state_of(one)) == digest_tensors(state_of(other)):
+            problems.append("whatever their labels, the rows that came give the same model: they are not trained on")
+        learnt, removed = (_loss(result, wrong) for result in (one, subject.first))
+        if not learnt < removed:
+            problems.append(
+                f"the rows that came are answered no better for it: loss {learnt:.4g}, and {removed:.4g} without"
+            )
+        return self.unless(problems, "the rows that came are learnt", learnt=learnt, removed=removed)
+
+
+def _replacing(case: Case, wrong: bool) -> Request:
+    """The case's rows replaced by test rows, each with another class than its own (regression: with one more)."""
+    pool = case.test.select(range(min(len(case.test), len(case.forget))))
+    place = torch.arange(len(case.forget)) % len(pool)
+    x, y = pool.x[place], pool.y[place]
+    if wrong:
+        y = y + 1 if case.records.classes is None else (y + 1) % case.records.classes
+    return Request.replace_rows(case.forget.ids, x, y)
+
+
+def _loss(result: Unlearned, request: Request) -> float:
+    """Mean loss of the request's rows on what the coins determine of a result."""
+    copied = private_copy(result.trained)
+    copied.module.load_state_dict(dict(state_of(result)))
+    x, y = _rows(request)
+    answers = outputs(copied.module, Records(x, y))
+    return float(row_losses(copied.recipe)(answers, y).double().mean())
+
+
+def _rows(request: Request) -> tuple[Tensor, Tensor]:
+    if request.x is None or request.y is None:
+        raise ValueError("a request to replace rows has rows")
+    return request.x, request.y
+
+
 CONTRACT: tuple[NamedCheck, ...] = (
     InputUntouched(),
     ReferenceFixed(),
@@ -209,4 +276,5 @@ CONTRACT: tuple[NamedCheck, ...] = (
     UnknownRefused(),
     NoSilentFallback(),
     NotANoop(),
+    ReplacementsLearnt(),
 )

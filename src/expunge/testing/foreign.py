@@ -36,6 +36,8 @@ class Foreign:
         function: ``(module, (x, y) to forget, (x, y) to retain, generator) -> module``.
         claim: what its documentation claims.
         exactness: for a claim of EXACT: in which sense.
+        learns_new: whether it trains on the rows to retain, so that replacements among them are learnt; if not,
+            requests to replace rows are refused.
 
     Example:
         >>> import copy
@@ -57,6 +59,7 @@ class Foreign:
     function: Function
     claim: Claim = Claim.NONE
     exactness: Exactness | None = None
+    learns_new: bool = True
 
     def supports(self, trained: Trained) -> Unsupported | None:
         """Single models only."""
@@ -70,6 +73,8 @@ class Foreign:
         if problem is not None:
             raise problem
         split = request.split(records, ids=trained.ids, gone=trained.gone)
+        if split.added and not self.learns_new:
+            raise Unsupported(f"{self.name} does not train on the rows that would come; use a method that does")
         if not len(split.forget):
             return booked(trained, trained.module, split, Claim.NONE, name=self.name)
         dtype = getattr(torch, trained.recipe.dtype)

@@ -164,6 +164,16 @@ class FallsBackSilently(Plain):
         return booked(trained, module, split, Claim.NONE, name=self.name, seconds=1e-3)
 
 
+class IgnoresReplacements(Plain):
+    """Books the rows that come in the stead of others as trained on, and never reads them. Seen: our own ascent."""
+
+    def change(self, trained: Trained, records: Records, split: Split, rng: Generator) -> nn.Module:
+        """A mere removal."""
+        module = copy.deepcopy(trained.module)
+        descend(module, split.retain.where(lambda record_id, _: record_id not in split.added))
+        return module
+
+
 class FineTunesAndCallsItExact(Plain):
     """Claims exactness for a heuristic."""
 
@@ -288,6 +298,7 @@ LIARS: Mapping[str, Lie] = MappingProxyType(
         "swallows-unknown": Lie(method=SwallowsUnknown(), caught_by="unknown-refused"),
         "falls-back-silently": Lie(method=FallsBackSilently(), caught_by="no-silent-fallback"),
         "does-nothing": Lie(method=DoesNothing(), caught_by="not-a-noop"),
+        "ignores-replacements": Lie(method=IgnoresReplacements(), caught_by="replacements-learnt"),
         "certifies-without-guarantee": Lie(method=CertifiesWithoutGuarantee(), caught_by="claim-backed"),
         "claims-more-than-its-class": Lie(method=ClaimsMoreThanItsClass(), caught_by="claim-backed"),
         "fine-tunes-and-calls-it-exact": Lie(method=FineTunesAndCallsItExact(), caught_by="exact-equals-scratch"),

@@ -70,6 +70,11 @@ class AmnesiacUnlearning(Method):
         check_pace(replace(self, repair_epochs=1) if self.repair_epochs == 0 else self)
 
     @property
+    def learns_new(self) -> bool:
+        """In the repair, if there is one."""
+        return self.repair_epochs > 0
+
+    @property
     def epochs(self) -> int:
         """Passes of the repair."""
         return self.repair_epochs

@@ -71,6 +71,11 @@ class NegGradPlus(Method):
         if not 0 <= self.weight <= 1:
             raise Misuse(f"weight must be between 0 and 1, got {self.weight}")
 
+    @property
+    def learns_new(self) -> bool:
+        """Unless the retained rows weigh nothing."""
+        return self.weight > 0
+
     def _apply(self, task: Task, *, rng: Generator) -> Done:
         steps = Steps(task, self)
 

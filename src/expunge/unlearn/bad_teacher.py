@@ -62,6 +62,11 @@ class BadTeacher(Method):
         if self.teacher not in ("untrained", "uniform"):
             raise Misuse(f'teacher must be "untrained" or "uniform", got "{self.teacher}"')
 
+    @property
+    def learns_new(self) -> bool:
+        """Never: no labels are read, and its teacher of the retained rows does not know the new ones."""
+        return False
+
     def supports(self, trained: Trained) -> Unsupported | None:
         """Needs at least two classes, and for an untrained teacher a model that can be made anew."""
         if trained.recipe.model == EXTERNAL and self.teacher == "untrained":

@@ -65,6 +65,11 @@ class SelectiveSynapticDampening(Method):
                 raise Misuse(message)
         check_rows(self.rows)
 
+    @property
+    def learns_new(self) -> bool:
+        """Never: it trains on nothing."""
+        return False
+
     def _apply(self, task: Task, *, rng: Generator) -> Done:
         removed, kept = len(task.forget), len(task.retain)
         whole = removed + kept

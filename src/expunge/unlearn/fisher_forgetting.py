@@ -60,6 +60,11 @@ class FisherForgetting(Method):
                 raise Misuse(f"{name} must be > 0, got {value}")
         check_rows(self.rows)
 
+    @property
+    def learns_new(self) -> bool:
+        """Never: it trains on nothing."""
+        return False
+
     def _apply(self, task: Task, *, rng: Generator) -> Done:
         fisher = mean_squares(task, task.retain, scores(task.trained), rng, "fisher", self.rows)
         if task.moves is not None:  # a pruned weight takes no noise, and none of alpha

@@ -83,6 +83,11 @@ class Method(ABC):
         """For exact methods: in which sense."""
         return None
 
+    @property
+    def learns_new(self) -> bool:
+        """Whether rows that come as replacements are trained on, labels and all; if not, such requests are refused."""
+        return Need.RETAIN in self.needs
+
     def supports(self, trained: Trained) -> Unsupported | None:
         """None if the method can work on this model, else the error that says why not and what to use."""
         if trained.parts and self.claim is not Claim.EXACT:
@@ -110,7 +115,8 @@ class Method(ABC):
 
         Raises:
             UnknownRecord, NeverTrained, EmptyRetain: before any work; see `Request.split`.
-            Unsupported: if this method cannot work on this model; the message names one that can.
+            Unsupported: before any work, if this method cannot work on this model, or would not learn the rows that
+                come as replacements; the message names one that can.
             NothingChanged: if a method that proves nothing left every parameter as it was.
             Misuse: if the method's step was so long that a parameter is no longer finite.
         """
@@ -122,6 +128,11 @@ class Method(ABC):
         records.digests()  # computed once here, so that the selections made below share them
         split = request.split(records, ids=trained.ids, gone=trained.gone)
         _refuse_other_rows(trained, split)
+        if split.added and not self.learns_new:
+            raise Unsupported(
+                f"{self.name} learns no new rows, so that the {len(split.added):,} replacements would be lost; use "
+                "fine-tune or retrain, or ask to have the rows removed"
+            )
         noted: tuple[Event, ...] = (AlreadyRemoved(rows=split.already),) if split.already else ()
         warm_up()
         started = time.perf_counter()

@@ -91,8 +91,18 @@ class RetrainBriefly(Method):
 
     def _apply(self, task: Task, *, rng: Generator) -> Done:
         recipe = task.trained.recipe
+        self._refuse_unread(task)
         module = build(recipe).to(task.retain.device)
         if task.zeros is not None:
             task.zeros.prune_(module)
         fit(module, recipe, task.retain, steps=self.steps, mask=task.zeros, tally=task.tally)
         return Done(trained=replace(task.trained, module=module))
+
+    def _refuse_unread(self, task: Task) -> None:
+        """Unsupported if replacements would be booked as trained on that so few steps may never read."""
+        least = -(-len(task.retain) // task.trained.recipe.batch_size)
+        if self.steps < least and not frozenset(task.retain.ids) <= task.trained.ids:
+            raise Unsupported(
+                f"{self.name} stops after {self.steps:,} steps, before it has read every row that comes as a "
+                f"replacement; give steps={least} or more, or use retrain"
+            )

@@ -55,6 +55,11 @@ class SaliencyMasked(Method):
         """``saliency-masked-`` and the method's."""
         return f"saliency-masked-{self.then.name}"
 
+    @property
+    def learns_new(self) -> bool:
+        """As `then`."""
+        return self.then.learns_new
+
     def supports(self, trained: Trained) -> Unsupported | None:
         """What the method supports, if it is one model."""
         return super().supports(trained) or self.then.supports(trained)

@@ -58,6 +58,11 @@ class Scrub(Method):
             if not 0 <= weight < math.inf:
                 raise Misuse(f"{name} must be >= 0, got {weight}")
 
+    @property
+    def learns_new(self) -> bool:
+        """Only by the labels of the retained rows: their other term keeps to a teacher that never saw the new ones."""
+        return self.gamma > 0
+
     def supports(self, trained: Trained) -> Unsupported | None:
         """Needs at least two classes."""
         return without_classes(self.name, trained) or super().supports(trained)

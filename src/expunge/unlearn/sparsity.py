@@ -108,6 +108,11 @@ class Pruned(Method):
         """``pruned-`` and what comes then."""
         return f"pruned-{self.then.name}"
 
+    @property
+    def learns_new(self) -> bool:
+        """As `then`."""
+        return self.then.learns_new
+
     def supports(self, trained: Trained) -> Unsupported | None:
         """Needs what `then` needs, and weights to prune."""
         return super().supports(trained) or self.then.supports(trained) or _nothing_to_prune(trained)
@@ -140,6 +145,11 @@ class Masked(Method):
     def name(self) -> str:
         """``masked-`` and what comes then."""
         return f"masked-{self.then.name}"
+
+    @property
+    def learns_new(self) -> bool:
+        """As `then`."""
+        return self.then.learns_new
 
     def supports(self, trained: Trained) -> Unsupported | None:
         """Needs what `then` needs, and weights that are zero."""

@@ -35,7 +35,7 @@ from expunge.workflow.carrying import refuse_replacement
 from expunge.workflow.fallback import FallBack
 from expunge.workflow.mirror import Mirror
 from expunge.workflow.statements import method_of
-from expunge.workflow.steps import AFTER, BEFORE, Steps, Tell, word_of
+from expunge.workflow.steps import AFTER, BEFORE, Outcome, Steps, Tell, word_of
 from expunge.workflow.workspace import Workspace
 
 
@@ -191,7 +191,7 @@ class Journey:
             return True
         job = Job(requests=(request,), before=trained, after=None, records=steps.records)
         outcomes = {name: steps.outcome(name, job, filed.id) for name in BEFORE}
-        stages = [f"{name}: {word_of(outcome)}" for name, outcome in outcomes.items()]
+        stages = [f"{name}: {word_of(outcome)}{_told(outcome)}" for name, outcome in outcomes.items()]
         held = next((o.why for o in outcomes.values() if isinstance(o, (Held, Failed))), None)
         if held is not None and self.policy.on_flag == "exact":
             self.ledger.requests.screened(filed.id, held=None, exact=True, stages=stages)
@@ -279,3 +279,13 @@ class Journey:
         finally:
             stop.set()
             thread.join()
+
+
+def _told(outcome: Outcome) -> str:
+    """What the log may keep of what a stage found: only what the stage gives for that, as the rest may name records."""
+    told = getattr(outcome, "evidence", {}).get("told")
+    return f": {' '.join(told.split())[:_TOLD]}" if isinstance(told, str) and told.strip() else ""
+
+
+_TOLD = 400
+"""Characters; the log is for ever."""
