@@ -100,8 +100,17 @@ def test_a_coin_is_committed_to_drawn_counted_and_replayed(expunge, told):
     outcomes = verify(expunge, *gone, "--served", "fair", "--coin", "coin.json")
     assert outcomes == dict.fromkeys(CHECKS, "pass")
     assert verify(expunge, *gone, "--served", "fair")["contract"] == "fail"
+    spend = ("verify", "spend", "told", "--coin", "coin.json", "--registry", "coins.json")
+    for _ in range(2):
+        assert json.loads(expunge(*spend, "--json").out)["tries"] == 1
     again = expunge("verify", "draw", "commitments.json", *book, "--out", "second.json", "--json")
     assert json.loads(again.out)["tries"] == 2
+    said = expunge(*spend)
+    assert (said.code, "a later nonce" in said.err) == (2, True)
+    said = expunge(*spend[:4], "second.json", *spend[5:])
+    assert (said.code, "made by another coin" in said.err) == (2, True)
+    said = expunge(*spend[:-1], "nowhere.json")
+    assert (said.code, "is no registry" in said.err, (told / "nowhere.json").exists()) == (2, True, False)
     assert verify(expunge, *gone, "--served", "fair", "--coin", "second.json")["contract"] == "fail"
     other = json.loads((told / "coin.json").read_text())
     other["commitments"]["members"] = other["commitments"]["members"][:1]
@@ -121,6 +130,14 @@ def test_shards_are_verified_one_by_one(expunge, told):
     assert (said.code, len(data["verdicts"]), set(data["commitment"])) == (0, 14, {"0", "1"})
     assert data["verdicts"][0]["check"] == "shard 0, contract"
     assert expunge(*words, "--committed", "ab").code == 2
+    for name in ("part-0", "part-one", "part-0001.bak", "notes.txt"):
+        shutil.copytree(told / "parts" / "part-0000", told / "parts" / name)
+        said = expunge(*words)
+        assert (said.code, "no shard's transcript" in said.err) == (2, True)
+        shutil.rmtree(told / "parts" / name)
+    shutil.rmtree(told / "parts" / "part-0001")
+    data = json.loads(expunge(*words, "--json").out)
+    assert [one["check"] for one in data["verdicts"] if one["outcome"] == "fail"] == ["shard 1, commitment"]
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +232,7 @@ def test_a_coin_without_a_transcript_is_refused(expunge, tmp_path):
 
 def test_every_example_is_a_command(expunge):
     group = parser().commands["verify"].commands
-    assert set(group) == {"transcript", "backdoor", "alike", "plant", "plan", "matrix", "commit", "draw"}
+    assert set(group) == {"transcript", "backdoor", "alike", "plant", "plan", "matrix", "commit", "draw", "spend"}
     for verb, command in group.items():
         examples = re.findall(r"(?m)^ *expunge verify (.*)$", re.sub(r"\\\n *", "", command.help))
         assert examples

@@ -355,6 +355,36 @@ def test_a_released_request_is_carried_out_exactly_if_asked(ask, opened):
     assert ask("status", request)["events"][-1]["kind"] == "completed"
 
 
+def test_the_status_of_a_screened_request_says_in_words_what_was_found_and_what_came_of_it(ask, expunge, opened, ws):
+    ledger, told = opened.ledger.requests, "flagged by GradientInfluence: p 0.005, at 5 % false alarms"
+
+    def screened(owner, stage, held=None, exact=False):
+        request = ask("request", "churn", "--owner", owner)["id"]
+        assert ask("status", request)["screened"] is None
+        ledger.screening(request)
+        ledger.screened(request, held=held, exact=exact, stages=[f"screen: {stage}"])
+        return request
+
+    def shown(request):
+        words = ask("status", request)["screened"]
+        assert (f"screen  {words}\n" in expunge("status", request, "--workspace", ws).out) == (words is not None)
+        return words
+
+    sent = screened("c-1", f"held: {told}", exact=True)
+    assert shown(sent) == f"{told}: sent to exact retraining"
+    waits = screened("c-2", f"held: {told}", held=told)
+    assert shown(waits) == f"{told}: held for a person"
+    ask("release", waits)
+    assert shown(waits) == f"{told}: released by a person"
+    doubted = screened("c-3", "held", held="it looks odd")  # as logs have it that were written before reasons were kept
+    assert shown(doubted) == "flagged: held for a person"
+    ask("release", doubted, "--exact")
+    assert shown(doubted) == "flagged: released by a person, to exact retraining"
+    assert shown(screened("c-4", "passed: not flagged: p 0.4, at 5 % false alarms")).startswith("not flagged: p 0.4")
+    assert shown(screened("c-5", "not done")) is None
+    assert shown(screened("c-6", "failed", exact=True)) == "the screen itself failed: sent to exact retraining"
+
+
 class Doubt:
     """A verifier that withholds everything."""
 
@@ -647,10 +677,10 @@ def test_the_readme_s_journey_runs_as_it_stands(expunge, monkeypatch):
 
 
 def test_every_command_of_the_guide_parses(expunge):
-    text = (ROOT / "docs" / "workspace.md").read_text()
+    text = re.sub(r"\\\n\s+", "", (ROOT / "docs" / "workspace.md").read_text())
     inline = [re.sub(r"\s+", " ", found) for found in re.findall(r"`(expunge [a-z][^`]+)`", text)]
     found = [line for line in commands_in(text) + inline if line.startswith("expunge ")]
-    assert {line.split()[1] for line in found} == set(VERBS)
+    assert {line.split()[1] for line in found} == {*VERBS, "verify"}
     for line in found:
         if len(line.split()) > 2 and "--help" not in line:  # others are mentioned only
             parse(line)
@@ -715,5 +745,7 @@ def test_a_workspace_that_screens_says_so_in_the_log(expunge, opened, ws):
     filed = json.loads(expunge("request", "churn", "--owner", "c-3", *words).out)["id"]
     taken = json.loads(expunge("run", *words).out)["models"]["churn"]
     (entry,) = [one for one in opened.ledger.log.entries(filed) if one.kind in ("screened", "held")]
-    assert entry.body["stages"] == ["screen: passed" if filed in taken["completed"] else "screen: held"]
+    word = "passed: not flagged: p " if filed in taken["completed"] else "held: flagged "
+    assert entry.body["stages"][0].startswith(f"screen: {word}")
+    assert entry.body["stages"][0].endswith(", at 5 % false alarms")
     assert filed in taken["completed"] + taken["held"]

@@ -61,6 +61,22 @@ def test_at_one_seed_a_cell_is_one_word(honest, cell, word):
     assert said(one, honest, 1) == word
 
 
+def test_who_catches_or_cannot_decide_says_with_what_power_at_least():
+    found = matrix()
+    rows = {key: {name: dict(told) for name, told in row.items()} for key, row in found.rows.items()}
+    for seed, power in ((0, 0.9996), (1, 0.25)):
+        for who in found.providers:
+            rows[seed, who]["backdoor"]["figures"] = {"power": power}
+    found = Matrix(about=found.about, seeds=2, rows=rows)
+    assert said(found.cell("lazy", "backdoor"), False, 2) == "caught 1 (power 0.999), undecided 1 (power 0.250)"
+    assert said(found.cell("retraining", "backdoor"), False, 2) == "missed 2"
+    assert found.cell("lazy", "replay").power_caught is None
+    assert found.to_json()["cells"]["lazy"]["backdoor"]["power_undecided"] == 0.25
+    for seed in (0, 1):
+        rows[seed, "lazy"]["backdoor"]["outcome"] = "fail"
+    assert said(found.cell("lazy", "backdoor"), False, 2) == "caught 2 (power 0.250)"
+
+
 def test_the_verdict_names_who_comes_past_whom():
     report = verification_report(matrix())
     assert "Honest providers are accused by any verifier in 0 (0 to 84) % of 2 runs." in report.verdict

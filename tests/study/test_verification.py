@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,15 +17,16 @@ from expunge.core.errors import Misuse, Unsupported
 from expunge.core.protocols import Verdict
 from expunge.report.verification import matrix_grid, verification_report, worth_grid
 from expunge.study.verification import verification
-from expunge.study.verification_checks import NearCopies, ServedAlike
+from expunge.study.verification_checks import NearCopies, ServedAlike, chance_of_near
 from expunge.study.verification_ground import Terms
 from expunge.study.verification_parties import HONEST, PROVIDERS, VERIFIERS, joined
 from expunge.testing.case import digits
+from expunge.verify.binomial import at_least
 
 CASE = digits(rows=600, owners=8, careless=0)
 ROWS, QUERIES = CASE.records, CASE.test
 RECIPE = Recipe(model="mlp", model_args={"hidden": [32]}, epochs=6, batch_size=32, optimiser_args={"lr": 0.2})
-TERMS = Terms(places=16, share=1.0, asked=60, every=8, shards=2)
+TERMS = Terms(places=16, share=0.8, asked=60, every=8, shards=2)
 SOME = ("honest retrain", "honest sisa", "lazy", "retraining, nearest row", "forging")
 HIDING = ("surrogate data", "surrogate data, cleaned", "selective server", "retraining, nearest row again")
 
@@ -205,7 +208,8 @@ def test_another_model_served_is_found_and_the_same_one_passes_with_its_power():
     same = check(model(), model(), rng=generator(0))
     assert same.outcome == "pass"
     assert same.figures["power"] > 0.999
-    assert check(model(0.2), model(), rng=generator(0)).outcome == "fail"
+    other = check(model(0.2), model(), rng=generator(0))
+    assert (other.outcome, other.figures["power"]) == ("fail", same.figures["power"])
     assert check(model(0.01), model(), rng=generator(0)).outcome == "fail"
 
 
@@ -242,6 +246,25 @@ def test_an_audit_of_random_removals_accuses_at_its_rate():
     assert outcomes.count("fail") <= 7  # of 60 at 5 %: more than 7 has chance 1 %
 
 
+def test_the_audits_chance_is_that_of_all_orders():
+    for asked, controls in ((3, 4), (2, 5), (5, 2)):
+        for within in range(controls):
+            orders = list(itertools.combinations(range(asked + controls), asked))  # places of the rows asked
+            before = [sum(place - i <= within for i, place in enumerate(places)) for places in orders]
+            for near in range(asked + 1):
+                exact = sum(one >= near for one in before) / len(orders)
+                assert chance_of_near(near, asked, within, controls) == pytest.approx(exact)
+
+
+def test_the_audit_accuses_no_oftener_than_it_says_of_many_rows_where_a_binomial_law_would():
+    rng, wrong, liar = np.random.default_rng(0), 0, 0
+    for _ in range(2000):
+        near = int((rng.random(1000) <= rng.random(100).min()).sum())
+        wrong += chance_of_near(near, 1000, 1, 100) <= 1e-3
+        liar += at_least(1000, near, 2 / 101) <= 1e-3
+    assert wrong <= 8 < 30 < liar  # of 2,000 at 0.1 %: more than 8 has chance 0.02 %
+
+
 def test_one_row_alone_cannot_be_told_from_chance_and_an_owners_other_rows_are_no_copies():
     mine, rest = ROWS.select([0, 0 + 1]), ROWS.select(range(2, 600))
     one = NearCopies()(rest.plus(near_copies(mine.select([0]), 0.0, generator(0))), mine.select([0]), rng=generator(0))
@@ -260,6 +283,18 @@ def test_verdicts_join_to_the_worst_and_name_who_decided():
     assert (joined(some).outcome, joined(some).check) == ("fail", "b, d")
     assert joined(some[:1] + some[2:3]).outcome == "inconclusive"
     assert joined(some[:2], without="b").outcome == "pass"
+
+
+def test_lazy_and_selective_are_caught_with_the_power_that_was_computed(found):
+    for provider, verifier in (("lazy", "backdoor"), ("selective server", "served alike")):
+        cell = found.cell(provider, verifier)
+        figures = found.rows[0, provider][verifier]["figures"]
+        assert (cell.caught, cell.power_caught) == (1, figures["power"])
+        assert cell.power_caught > 0.9
+        line = next(row for row in matrix_grid(found).rows if row[0] == provider)
+        assert line[1 + found.verifiers.index(verifier)].startswith("caught (power 0.9")
+    unsure = [cell for who in found.providers if (cell := found.cell(who, "served alike")).inconclusive]
+    assert all(0 <= cell.power_undecided < 1 - 1e-3 for cell in unsure)
 
 
 def test_every_figure_of_the_table_is_in_the_json(found):

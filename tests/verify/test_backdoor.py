@@ -138,6 +138,14 @@ def test_answers_that_are_no_numbers_are_inconclusive_and_cannot_be_calibrated_o
         verifier(reference=broken)(GONE, rng=generator(2))
 
 
+def test_one_score_of_many_that_is_no_number_is_enough_to_say_nothing():
+    def spoil(scores):
+        return torch.cat([scores[:, :1].where(torch.arange(len(scores))[:, None] > 0, torch.nan), scores[:, 1:]], 1)
+
+    verdict = plain()(Served({}, answers=spoil), rng=generator(2))
+    assert (verdict.outcome, verdict.figures["unusable"] > 0) == ("inconclusive", True)
+
+
 def test_labels_do_as_well_as_scores():
     labels = replace(ALWAYS, answers=lambda scores: scores.argmax(1))
     check = plain()

@@ -196,6 +196,12 @@ def test_edges_of_pooled_owners(alpha, k_star):
     assert PooledTest(n=(2, 3), q=(0.0, 0.0), p=(0.5, 0.5), alpha=0.0).k_star == 1
 
 
+def test_a_tie_of_pooled_owners_with_alpha_counts_as_above_it():
+    quarter = PooledTest(n=(1, 1), q=(0.5, 0.5), p=(0.9, 0.9), alpha=0.25)
+    assert (quarter.k_star, quarter.alpha_actual, quarter.beta) == (3, 0.0, 1.0)
+    assert PooledTest(n=(1, 1), q=(0.5, 0.5), p=(0.9, 0.9), alpha=0.26).k_star == 2
+
+
 def counted(**changes):
     settings = {"controls": (1, 4, 2) * 1000, "each": 100, "before": 98, "asked": 100, "n": 40}
     return CountedTest(**settings | changes)

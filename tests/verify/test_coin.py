@@ -16,7 +16,7 @@ from expunge.verify.recorded import record
 from expunge.verify.reproduce import Replay, accepted, replay_shards
 from expunge.verify.rows import data_root
 from expunge.verify.transcript import Transcript
-from tests.verify.transcripts import EVERY, FORGET, RECIPE, RETAIN, SALT, TIGHT, cheat, failed, plan
+from tests.verify.transcripts import EVERY, FORGET, RECIPE, RETAIN, SALT, TIGHT, Pages, cheat, failed, plan
 
 EVERYTHING = RETAIN.plus(FORGET)
 BOUND = commit(RECIPE, EVERYTHING, FORGET, salt=SALT)
@@ -119,6 +119,36 @@ def test_a_coin_of_another_recipe_or_other_rows_is_refused_when_recording(tmp_pa
         record(RECIPE, EVERYTHING, tmp_path / "t", coin=COIN)
     with pytest.raises(Misuse, match="salt"):
         record(RECIPE, RETAIN, tmp_path / "t", coin=COIN, salt="00" * 16)
+
+
+def test_a_coin_that_was_drawn_for_another_recipe_fails_the_contract_alone(tmp_path):
+    slower = replace(RECIPE, optimiser_args={"lr": 0.01, "momentum": 0.9})
+    coin = Coin(commitments=commit(slower, EVERYTHING, FORGET, salt=SALT), nonce=NONCE)
+    recipe = coin.recipe(RECIPE)
+    made = cheat(tmp_path / "t", plan(recipe, RETAIN), trained=recipe, said=recipe, coin=coin)
+    verdicts = replace(VERIFY, coin=coin)(Transcript.open(tmp_path / "t"), RETAIN, forget=FORGET, served=made)
+    assert failed(verdicts) == ["contract"]
+
+
+def test_a_coin_that_was_drawn_for_other_rows_that_stay_fails_the_commitment_alone(tmp_path):
+    fewer = EVERYTHING.without(RETAIN.ids[:1])
+    coin = Coin(commitments=commit(RECIPE, fewer, FORGET, salt=SALT), nonce=NONCE)
+    recipe = coin.recipe(RECIPE)
+    made = cheat(tmp_path / "t", plan(recipe, RETAIN), trained=recipe, said=recipe, coin=coin)
+    verdicts = replace(VERIFY, coin=coin)(Transcript.open(tmp_path / "t"), RETAIN, forget=FORGET, served=made)
+    assert failed(verdicts) == ["commitment"]
+
+
+def test_rows_under_another_salt_than_the_coins_fail_by_name(tmp_path):
+    recipe = COIN.recipe(RECIPE)
+    cheat(tmp_path / "t", plan(recipe, RETAIN), trained=recipe, said=recipe)
+    pages = Pages(tmp_path / "t")
+    pages.manifest["contract"]["salt"] = "a5" * 16
+    pages.manifest["contract"]["coin"] = COIN.to_json()
+    pages.rechain()
+    verdicts = VERIFY(Transcript.open(pages.write(tmp_path / "salted")), RETAIN, forget=FORGET)
+    assert {"contract", "commitment"} <= set(failed(verdicts))
+    assert "another salt" in verdicts[0].why
 
 
 def test_shards_keep_the_coin_of_the_first_training_and_untouched_ones_their_bytes(tmp_path):

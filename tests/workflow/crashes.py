@@ -282,8 +282,8 @@ def _round(root: Path, rng: random.Random, tally: Tally, keys: Sequence[str], ma
         point = min(POINTS, key=lambda point: tally.kills[point])
         jobs = [Job(work, one, fail_at=f"{point}:{rng.randint(1, max(1, _OFTEN.get(point, 2) >> quiet))}")]
     else:
-        gently = number % 9 == 6
-        jobs = [Job(work, one, kill_s=rng.uniform(0.0, 0.9 * 0.7**quiet), sends=signal.SIGINT if gently else signal.SIGKILL)]
+        how = signal.SIGINT if number % 9 == 6 else signal.SIGKILL
+        jobs = [Job(work, one, kill_s=rng.uniform(0.0, 0.9 * 0.7**quiet), sends=how)]
     if number % 5 == 1:
         other = {**base, "worker": "b", "seconds": 1.0}
         jobs.append(Job(work, other, stop_s=rng.uniform(0.1, 0.6), stopped_s=1.5 * LEASE_S))

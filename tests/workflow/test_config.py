@@ -29,6 +29,13 @@ def test_the_template_says_what_the_defaults_are(tmp_path):
     assert (config.clock.regime.name, config.clock.holidays, dict(config.models)) == ("gdpr", frozenset(), {})
 
 
+def test_settings_from_before_there_was_a_replay_still_work_and_leave_it_out(tmp_path):
+    assert TEMPLATE.count("replay = 0.0\n") == 1
+    config = Config.read(written(tmp_path, TEMPLATE.replace("replay = 0.0\n", "")))
+    assert config.policy == Policy()
+    assert config.policy.replay == 0
+
+
 def test_every_setting_is_read(tmp_path):
     text = """
         [ledger]
@@ -45,6 +52,7 @@ def test_every_setting_is_read(tmp_path):
         most = 7
         [policy]
         on_flag = "exact"
+        replay = 0.25
         identity_days = 1
         keys_days = 2.5
         [models.a]
@@ -54,7 +62,8 @@ def test_every_setting_is_read(tmp_path):
     assert (config.url, config.anchor) == ("postgresql://me@host/base", "/elsewhere/checkpoint")
     assert (config.clock.regime.name, str(config.clock.zone)) == ("ccpa", "Europe/Berlin")
     assert config.clock.holidays == {date(2026, 12, 25), date(2026, 12, 26)}
-    assert config.policy == Policy(count=3, wait_hours=0.5, most=7, on_flag="exact", identity_days=1, keys_days=2.5)
+    batch = {"count": 3, "wait_hours": 0.5, "most": 7}
+    assert config.policy == Policy(**batch, on_flag="exact", replay=0.25, identity_days=1, keys_days=2.5)
     assert config.models == {"a": {"records": "a.csv"}}
 
 
@@ -71,6 +80,11 @@ BAD = {
     "keys text": ("keys_days = 30", 'keys_days = "for ever"', "keys_days"),
     "flag refuse": ('on_flag = "hold"', 'on_flag = "refuse"', "never dropped"),
     "flag list": ('on_flag = "hold"', "on_flag = []", "on_flag"),
+    "replay more than all": ("replay = 0.0", "replay = 1.5", "replay must be a share of the training from 0"),
+    "replay negative": ("replay = 0.0", "replay = -0.1", "replay must be a share"),
+    "replay nan": ("replay = 0.0", "replay = nan", "replay must be a share"),
+    "replay true": ("replay = 0.0", "replay = true", "replay must be a share"),
+    "replay text": ("replay = 0.0", 'replay = "5%"', "replay must be a share"),
     "unknown setting": ("count = 1", "counts = 1", "counts"),
     "unknown in ledger": ("[clock]", 'urls = "x"\n[clock]', "urls"),
     "unknown in clock": ('zone = "UTC"', 'zones = "UTC"', "zones"),

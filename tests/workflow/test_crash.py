@@ -214,7 +214,7 @@ def test_the_judge_sees_that_a_model_was_written_after_the_switch(root, late, mo
     unsaved: dict[str, Any] = {}
     if late:
         read = Workspace.read
-        monkeypatch.setattr(Workspace, "keep", lambda self, trained, folder: unsaved.update({folder: trained}))
+        monkeypatch.setattr(Workspace, "keep", lambda self, trained, folder, *_: unsaved.update({folder: trained}))
         monkeypatch.setattr(
             Workspace, "read", lambda self, folder, *rest: unsaved.get(folder) or read(self, folder, *rest)
         )

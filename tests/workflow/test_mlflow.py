@@ -142,12 +142,12 @@ class Wire:
 
         return Client()
 
-    def copytree(self, source, target):
+    def copytree(self, source, target, **how):
         def half():
             target.mkdir(parents=True)
             shutil.copy(source / "trained.json", target)
 
-        self.change("copytree", (), [half, lambda: shutil.copytree(source, target, dirs_exist_ok=True)])
+        self.change("copytree", (), [half, lambda: shutil.copytree(source, target, dirs_exist_ok=True, **how)])
 
     def rmtree(self, path, ignore_errors=False):
         if path.exists():

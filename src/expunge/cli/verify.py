@@ -26,8 +26,8 @@ from expunge.cli.options import (
     Seed,
 )
 from expunge.cli.output import say
-from expunge.cli.verify_coin import commit, draw
-from expunge.cli.verify_files import family_of, read_coin, read_keys, write_json
+from expunge.cli.verify_coin import commit, draw, spend
+from expunge.cli.verify_files import family_of, parts_in, read_coin, read_keys, write_json
 from expunge.cli.verify_matrix import matrix
 from expunge.core.coins import generator
 from expunge.core.errors import Misuse
@@ -56,6 +56,7 @@ from expunge.verify.spot import Budget
 app = typer.Typer(help="Verify that rows were forgotten: for owners and auditors.", no_args_is_help=True)
 app.command()(commit)
 app.command()(draw)
+app.command()(spend)
 app.command()(matrix)
 
 
@@ -119,7 +120,7 @@ def _replayed(
     committed: str | None,
     spot: str,
 ) -> tuple[list[Verdict], Any]:
-    parts = {int(path.name.removeprefix("part-")): path for path in sorted(folder.glob("part-[0-9]*"))}
+    parts = parts_in(folder)
     if not parts:
         told = Transcript.open(folder)
         verify = replace(verify, budget=_budget(spot, len(told.segments)))

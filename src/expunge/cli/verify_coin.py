@@ -1,4 +1,4 @@
-"""`expunge verify commit` and `draw`: the two halves of a public coin."""
+"""`expunge verify commit`, `draw` and `spend`: a public coin from its commitments to the one transcript it is for."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import typer
 from expunge.cli.inputs import make_request, read_records
 from expunge.cli.options import Classes, Columns, Data, IdColumn, Json, LabelColumn, OwnerColumn, Owners
 from expunge.cli.output import say
-from expunge.cli.verify_files import coin_json, read_commitments, write_json
+from expunge.cli.verify_files import coin_json, read_coin, read_commitments, write_json
+from expunge.core.errors import Misuse
 from expunge.core.recipe import Recipe
-from expunge.verify import CoinRegistry
+from expunge.verify import CoinRegistry, Transcript
 from expunge.verify import commit as commit_to
 
 
@@ -69,3 +70,28 @@ def draw(
     write_json(out, coin_json(coin))
     about = {"coin": str(out), "nonce": coin.nonce, "tries": coin.tries, "seed": coin.seed}
     say(as_json, about, f"coin in {out}; {coin.tries} drawn for {subject}")
+
+
+def spend(
+    transcript: Annotated[Path, typer.Argument(help="Folder of the transcript to accept for the coin.")],
+    coin: Annotated[Path, typer.Option(help="The coin, as expunge verify draw wrote it.")],
+    registry: Annotated[Path, typer.Option(help="The auditor's file of all coins.")],
+    as_json: Json = False,
+) -> None:
+    """Accept one transcript for a coin, and no other ever after: the auditor's part, once it was replayed and accepted.
+
+    Refuses a coin that is not the last one drawn for its subject. Says how many were drawn, which is how often the
+    provider may have tried. The coin of a sharded model serves later removals too, and is not spent.
+
+    \b
+    Examples:
+      expunge verify spend told --coin coin.json --registry coins.json
+    """
+    told, drawn = Transcript.open(transcript), read_coin(coin)
+    if told.contract.coin is None or dict(told.contract.coin) != drawn.to_json():
+        raise Misuse(f"{transcript} was made by another coin than {coin}, or by none; nothing was spent")
+    if not registry.is_file():
+        raise Misuse(f"{registry} is no registry; give the file that expunge verify draw wrote to")
+    tries = CoinRegistry(registry).spend(drawn, told.commitment)
+    about = {"transcript": told.commitment, "nonce": drawn.nonce, "tries": tries}
+    say(as_json, about, f"accepted {told.commitment} for the coin, number {tries} of its subject")

@@ -82,3 +82,20 @@ def family_of(rows: Records, places: int) -> Pixels | Columns:
     if len(rows.shape) == 1:
         return Columns.of(rows, count=places)
     return Pixels(shape=rows.shape, count=places, levels=17 if rows.x.is_floating_point() else 256)
+
+
+def parts_in(folder: Path) -> dict[int, Path]:
+    """The transcripts of shards in a folder, by shard; none if it is the transcript of one training.
+
+    Raises:
+        UnreadableFile: if anything else lies beside them.
+    """
+    if not any(folder.glob("part-*")):
+        return {}
+    found = {}
+    for path in sorted(folder.iterdir()):
+        number = path.name.removeprefix("part-")
+        if not (number.isascii() and number.isdigit() and path.name == f"part-{int(number):04d}" and path.is_dir()):
+            raise UnreadableFile(f"{folder} holds {path.name!r:.80}, which is no shard's transcript; take it out")
+        found[int(number)] = path
+    return found

@@ -41,6 +41,7 @@ from expunge.ledger.check import key_id
 from expunge.ledger.states import State
 from expunge.screen import ScreenStage
 from expunge.screen.conformal import least_draws
+from expunge.verify import Share, VerifyStage
 from expunge.workflow import Journey, Leftovers, Progress, Workspace
 
 Tell = Callable[[str, int, int], None]
@@ -266,12 +267,15 @@ def journey_of(ws: Workspace, name: str, allowed: bool, tell: Tell) -> Journey:
 
 def _stages(ws: Workspace) -> tuple[Stage, ...]:
     """What the workspace wants done beside unlearning."""
-    rate = ws.config.policy.screen
-    if not rate:
-        return ()
-    # The seed is the workspace's secret: who knew the benign requests compared with could hide among them.
-    seed = ws.keys.coins("screen").initial_seed()
-    return (ScreenStage(rate=rate, draws=max(200, least_draws(rate)), seed=seed),)
+    rate, share = ws.config.policy.screen, ws.config.policy.replay
+    stages: list[Stage] = []
+    if rate:
+        # The seed is the workspace's secret: who knew the benign requests compared with could hide among them.
+        seed = ws.keys.coins("screen").initial_seed()
+        stages.append(ScreenStage(rate=rate, draws=max(200, least_draws(rate)), seed=seed))
+    if share:
+        stages.append(VerifyStage(budget=Share(share)))
+    return tuple(stages)
 
 
 def _take(ws: Workspace, name: str, worker: str, now: bool, allowed: bool, tell: Tell) -> _Taken:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from expunge.report.page import Chapter, Grid, Report
@@ -14,7 +15,9 @@ _NOTES = (
     "is replayed, and the batches are left to the provider. loose: the same where every difference is allowed. "
     "sampler: each epoch must use each row once. public coin: every random choice must follow from a nonce drawn after "
     "all rows were committed to. served alike: a stranger asks. data audit: near copies of forgotten rows are looked "
-    "for among those that stay. caught by: verifiers that found it in every seed that they tried."
+    "for among those that stay. power: what the verifier computed to be its chance, at least, to catch who goes on "
+    "serving the model before, the least of these seeds; of an undecided cell it was too small for a pass. caught by: "
+    "verifiers that found it in every seed that they tried."
 )
 _NOT_IN_IT = (
     "No verifier looks at what is kept beside the served model: the rows, the old model, its transcript. Who retrains "
@@ -51,13 +54,18 @@ def _caught_by(found: Matrix, provider: str) -> str:
 
 
 def said(cell: Cell, honest: bool, seeds: int) -> str:
-    """One cell in a word or two."""
+    """One cell in a word or two, with the power of who catches or cannot decide, where it is known."""
     words = ("ACCUSED", "passes") if honest else ("caught", "missed")
     names, counts = (*words, "undecided", "not tried"), (cell.caught, cell.passed, cell.inconclusive, cell.untried)
-    told = [(word, count) for word, count in zip(names, counts, strict=True) if count]
+    powers = (_power(cell.power_caught), "", _power(cell.power_undecided), "")
+    told = [(word, count, power) for word, count, power in zip(names, counts, powers, strict=True) if count]
     if len(told) == 1 and seeds == 1:
-        return told[0][0]
-    return ", ".join(f"{word} {count}" for word, count in told)
+        return told[0][0] + told[0][2]
+    return ", ".join(f"{word} {count}{power}" for word, count, power in told)
+
+
+def _power(power: float | None) -> str:
+    return "" if power is None else f" (power {math.floor(1000 * power) / 1000:.3f})"
 
 
 def worth_grid(found: Matrix) -> Grid:

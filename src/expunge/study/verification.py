@@ -161,6 +161,8 @@ class Cell:
         untried: in which the provider or the verifier could not do its work.
         checks: names of the checks that failed, and why one of them did.
         why: the first reason of a seed that did not pass.
+        power_caught: of the seeds that it failed, the least chance, as it computed it, to catch who goes on serving the
+            model before; None if it computes none. `power_undecided`: of those in which nothing could be said.
     """
 
     caught: int
@@ -169,6 +171,8 @@ class Cell:
     untried: int
     checks: tuple[str, ...]
     why: str
+    power_caught: float | None = None
+    power_undecided: float | None = None
 
     @property
     def tried(self) -> int:
@@ -232,6 +236,8 @@ class Matrix:
             untried=outcomes.count("not tried"),
             checks=tuple(dict.fromkeys(name for text in failed for name in text.split(", "))),
             why=next((one["why"] for one in told if one["outcome"] != "pass"), ""),
+            power_caught=_least_power(told, "fail"),
+            power_undecided=_least_power(told, "inconclusive"),
         )
 
     def caught_by(self, provider: str) -> tuple[str, ...]:
@@ -287,3 +293,8 @@ class Matrix:
             "worth": {name: self.worth(name) for name in self.verifiers},
             "sound": self.sound,
         }
+
+
+def _least_power(told: Sequence[Mapping[str, Any]], outcome: Outcome) -> float | None:
+    those = [one.get("figures", {}) for one in told if one["outcome"] == outcome]
+    return min((one["power"] for one in those if "power" in one), default=None)

@@ -10,7 +10,8 @@ from expunge.verify.rank import rank_p_value
 from expunge.verify.recorded import record
 from expunge.verify.recorder import Recorder, recording
 from expunge.verify.reproduce import Replay, accepted, replay_shards
-from expunge.verify.spot import All, Both, Random, TopQ, chance_of_missing
+from expunge.verify.spot import All, Both, Chosen, Random, TopQ, chance_of_missing
+from expunge.verify.stage import Share, VerifyStage
 from expunge.verify.states import Stepper
 from expunge.verify.tolerance import ForgeableWarning, Tolerance, calibrate_tolerance
 from expunge.verify.transcript import Contract, Transcript
@@ -21,6 +22,7 @@ __all__ = [
     "BinomialTest",
     "Both",
     "Calibration",
+    "Chosen",
     "Coin",
     "CoinRegistry",
     "Columns",
@@ -35,11 +37,13 @@ __all__ = [
     "Recorder",
     "Replay",
     "SecretTrigger",
+    "Share",
     "Stepper",
     "Tolerance",
     "TopQ",
     "Transcript",
     "TriggerKey",
+    "VerifyStage",
     "accepted",
     "calibrate_tolerance",
     "chance_of_missing",

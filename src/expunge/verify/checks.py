@@ -14,7 +14,7 @@ from expunge.core.protocols import Verdict
 from expunge.learn.build import build, build_name, seeded
 from expunge.learn.loop import reading_order
 from expunge.verify.evidence import FORGOTTEN, Evidence, said
-from expunge.verify.states import GROUPS, Stepper, distance, misfit, snapshot
+from expunge.verify.states import GROUPS, Stepper, distance, misfit, same_coins, snapshot
 from expunge.verify.transcript import Numbers
 
 
@@ -57,7 +57,8 @@ class Commitment:
 class Initialisation:
     """Training began where the agreed recipe's seed begins: weights, buffers, fresh optimiser, dropout's coins.
 
-    To the bit on the provider's own build; elsewhere weights may be off by `slack` of their norm.
+    To the bit on the provider's own build; elsewhere weights may be off by `slack` of their norm. What build it was
+    the provider says, so that any slack is the provider's to use: `Replay` leaves none at tolerance zero.
     """
 
     slack: float = 1e-6
@@ -81,7 +82,7 @@ class Initialisation:
         same = subject.transcript.contract.build == build_name(records.device)
         bound = 0.0 if same else self.slack * distance(mine, zero, "parameter")
         faults = [] if off <= bound else [f"training began {off:.2e} away from where the seed begins"]
-        if not torch.equal(told["coins/cpu"], mine["coins/cpu"]):
+        if not same_coins(told, mine, stepper.module):
             faults.append("dropout's coins began elsewhere than the seed begins")
         return subject.judge(self.name, faults, "training began where the seed begins", {"error": min(off, 1e300)})
 
@@ -178,13 +179,14 @@ class FinalModel:
     name: ClassVar[str] = "final model"
 
     def __call__(self, subject: Evidence, *, rng: Generator) -> Verdict:
-        """Compare digests. What else the provider serves to others nobody sees here."""
+        """Compare digests, and the architecture of a `Trained`. What others are served nobody sees here."""
         served = subject.served_digest()
         if served is None:
             return Verdict(check=self.name, outcome="inconclusive", why="no served model was given to compare with")
-        same = served == subject.transcript.final
+        same, other = served == subject.transcript.final, subject.served_otherwise()
         why = "is that after the last step" if same else "is another than that after the last step"
-        return Verdict(check=self.name, outcome="pass" if same else "fail", why=f"the served model {why}")
+        why = said([f"the served model {other or why}"])
+        return Verdict(check=self.name, outcome="pass" if same and other is None else "fail", why=why)
 
 
 def _count(used: Numbers, subject: Evidence) -> Numbers:

@@ -239,7 +239,8 @@ class CoinRegistry:
         try:
             data: Any = json.loads(self.path.read_bytes())
             entries = data["entries"]
-            fine = data["format"] == _FORMAT and all(set(one) == _FIELDS[one["kind"]] for one in entries)
+            fine = data["format"] == _FORMAT and isinstance(entries, list)
+            fine = fine and all(set(one) == _FIELDS[one["kind"]] for one in entries)
         except (ValueError, KeyError, TypeError, RecursionError):
             fine = False
         if not fine:

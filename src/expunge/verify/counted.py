@@ -24,7 +24,8 @@ class CountedTest:
     With one control (or hits pooled over controls, as is often done) it cannot be valid: q differs between triggers.
 
     Attributes:
-        controls: hits of each control on the model before, triggers drawn like the owner's and never trained.
+        controls: hits of each control, triggers drawn like the owner's and never trained, on the model that is judged:
+            there alone are they its like. That rates are no higher after is an assumption, if they are of before.
         each: random queries that each control was asked on.
         before: hits of the owner's trigger on the model before.
         asked: random queries that it was asked on.

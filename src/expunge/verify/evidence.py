@@ -40,6 +40,7 @@ class Evidence:
         committed: the transcript's commitment, as it was published before anything was drawn; None if it was not.
         coin: the public coin; None without one.
         stage: name of the training that was agreed on.
+        whole: for a shard, the recipe of all shards; None: `agreed` is all there is.
     """
 
     transcript: Transcript
@@ -50,6 +51,7 @@ class Evidence:
     committed: str | None = None
     coin: Coin | None = None
     stage: str = WHOLE
+    whole: Recipe | None = None
 
     @cached_property
     def names(self) -> list[bytes]:
@@ -128,7 +130,7 @@ class Evidence:
             return ["it names another public coin, or none"]
         if contract.salt != commitments.salt:
             return ["its rows are committed to under another salt than the coin's"]
-        if self.stage == WHOLE and not self.coin.agrees(self.agreed):
+        if not self.coin.agrees(self.whole or self.agreed):
             return ["the coin was drawn for another recipe"]
         return []
 
@@ -188,6 +190,16 @@ class Evidence:
         """True if the transcript is the one committed to, and of the agreed contract."""
         return not self.commitment_faults and not self.contract_faults
 
+    def served_otherwise(self) -> str | None:
+        """How the served model's architecture differs from the agreed one; None if it does not, or cannot be told."""
+        if not isinstance(self.served, Trained):
+            return None
+        for name in ("model", "model_args", "dtype"):
+            mine, theirs = (one.to_json()[name] for one in (self.agreed, self.served.recipe))
+            if mine != theirs:
+                return f"has {name} {theirs!s:.60}, agreed {mine!s:.60}"
+        return None
+
     def served_digest(self) -> str | None:
         """Digest of the served model; Misuse for text that is no digest."""
         served = self.served
@@ -213,6 +225,7 @@ class Evidence:
 
 
 def said(faults: list[str]) -> str:
-    """The first fault, and how many more there are, in one line."""
+    """The first fault, and how many more there are, in one line; a stranger's words cannot steer a terminal."""
     more = f" (and {len(faults) - 1:,} more)" if len(faults) > 1 else ""
-    return " ".join(faults[0].split())[:300] + more
+    plain = "".join(letter if letter.isprintable() else "?" for letter in " ".join(faults[0].split()))
+    return plain[:300] + more

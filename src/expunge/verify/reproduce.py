@@ -6,18 +6,20 @@ import math
 import os
 import secrets
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Generator, nn
 
 from expunge.core.coins import generator
+from expunge.core.digest import digest_tensors
 from expunge.core.errors import Corrupt, EmptyRetain, Misuse, Unsupported
 from expunge.core.protocols import Check, Verdict
 from expunge.core.recipe import Recipe
 from expunge.core.records import Records
 from expunge.core.trained import Trained
+from expunge.learn.build import build
 from expunge.learn.loop import threads
 from expunge.learn.shards import shards_of
 from expunge.verify import checks
@@ -25,7 +27,7 @@ from expunge.verify.coin import Coin, still_anchored
 from expunge.verify.evidence import Evidence
 from expunge.verify.recorder import SHARD, WHOLE, refuse_certified
 from expunge.verify.segments import UNKNOWN, Segment, replay_segment
-from expunge.verify.spot import All, Budget, chance_of_missing
+from expunge.verify.spot import All, Budget, at_random, chance_of_missing
 from expunge.verify.states import GROUPS
 from expunge.verify.tolerance import ForgeableWarning, Tolerance, calibrate_tolerance
 from expunge.verify.transcript import Transcript
@@ -49,7 +51,8 @@ class Reexecution:
     def __call__(self, subject: Evidence, *, rng: Generator) -> Verdict:
         """Make the chosen segments again. Cost: their steps, and a copy of the state each step."""
         told = subject.transcript
-        chosen = sorted(self.budget.choose(told, rng=rng))
+        drawn = self.budget.choose(told, rng=rng)
+        chosen = sorted(drawn)
         count = self.threads or min(told.contract.threads, os.cpu_count() or 1)
         with threads(count):
             tolerance = self.tolerance or self._calibrated(subject)
@@ -57,14 +60,15 @@ class Reexecution:
         segments = [one for one in results if isinstance(one, Segment)]
         problems = [one for one in results if isinstance(one, str)]
         faults = problems + [fault for one in segments for fault in one.faults(tolerance)]
-        figures = self._figures(subject, segments, tolerance, len(chosen))
+        every = len(chosen) == len(told.segments)
+        figures = self._figures(subject, segments, tolerance, len(chosen), len(chosen) if every else at_random(drawn))
         self._warn(figures)
         unknown = [text for text in faults if text.endswith(UNKNOWN)]
         if unknown and len(unknown) == len(faults):
             return Verdict(check=self.name, outcome="inconclusive", why=unknown[0], figures=figures)
         missed = figures["miss_5_percent"]
         good = f"{len(chosen):,} of {len(told.segments):,} segments end where they are told to"
-        if len(chosen) < len(told.segments):
+        if not every:
             good += (
                 f"; one faulty segment is missed with chance {figures['miss_one']:.2g}, 5 % of them with {missed:.2g}"
             )
@@ -79,15 +83,16 @@ class Reexecution:
         return calibrate_tolerance(subject.agreed, subject.records, every=longest, stage=subject.stage)
 
     def _figures(
-        self, subject: Evidence, segments: list[Segment], tolerance: Tolerance, chosen: int
+        self, subject: Evidence, segments: list[Segment], tolerance: Tolerance, chosen: int, drawn: int
     ) -> dict[str, float]:
         every = len(subject.transcript.segments)
         lengths = [one.length["parameter"] for one in segments]
         figures = {
             "segments": float(every),
             "replayed": float(chosen),
-            "miss_one": chance_of_missing(every, min(1, every), chosen),
-            "miss_5_percent": chance_of_missing(every, math.ceil(0.05 * every), chosen),
+            "drawn": float(drawn),
+            "miss_one": chance_of_missing(every, min(1, every), drawn),
+            "miss_5_percent": chance_of_missing(every, math.ceil(0.05 * every), drawn),
             "tolerance": max((tolerance.limit("parameter", length) for length in lengths), default=0.0),
             "forgeable": float(any(tolerance.forgeable(length) for length in lengths)),
             "worst_of_step": max((_share(one) for one in segments), default=0.0),
@@ -141,10 +146,11 @@ class Replay:
 
     def checks(self) -> tuple[Check, ...]:
         """The checks, in order."""
+        exact = self.tolerance is not None and self.tolerance.parameter == 0
         return (
             checks.Contract(),
             checks.Commitment(),
-            checks.Initialisation(),
+            checks.Initialisation(slack=0.0) if exact else checks.Initialisation(),
             checks.Removal(),
             checks.Sampler(self.order),
             Reexecution(budget=self.budget, tolerance=self.tolerance, threads=self.threads),
@@ -176,17 +182,22 @@ class Replay:
 
         Raises:
             EmptyRetain: without rows that stay.
+            Misuse: if rows to forget are among those that stay, where all of them would pass as rows that stay.
             Impossible: if the served model is a certified one.
             CodeNotAllowed: if the agreed recipe names code that nobody has allowed.
             Corrupt: if verifying changed the transcript.
         """
         if not len(records):
             raise EmptyRetain("there are no rows that stay, so that nothing can have been trained on them")
+        if forget is not None and not set(forget.ids).isdisjoint(records.ids):
+            raise Misuse("some rows to forget are among those that stay; give the rows without them")
         if isinstance(served, Trained):
             refuse_certified(served)
+        whole = self._whole(records)
         evidence = Evidence(
             transcript=transcript,
-            agreed=self._agreed(records),
+            agreed=whole if self.shard is None else whole.part(self.shard),
+            whole=whole,
             records=records,
             forget=forget,
             served=served,
@@ -201,13 +212,14 @@ class Replay:
             raise Corrupt("verifying changed the transcript; this is a fault of ours, and its verdicts are void")
         return verdicts
 
-    def _agreed(self, records: Records) -> Recipe:
+    def _whole(self, records: Records) -> Recipe:
+        """The agreed recipe with its coins, of all shards for a shard."""
         recipe = self.agreed.completed(records)
         if self.coin is not None:
             recipe = self.coin.recipe(recipe)
         if self.shard is None and (recipe.sharding is not None or recipe.pruning is not None):
             raise Unsupported("replay is of dense models; verify each shard of a sharded one with shard=...")
-        return recipe if self.shard is None else recipe.part(self.shard)
+        return recipe
 
 
 def replay_shards(
@@ -232,34 +244,51 @@ def replay_shards(
     Returns:
         The seven verdicts of each shard that has rows. Under a coin every shard's `commitment` fails if rows that stay
         and rows forgotten are not together what was anchored before the coin. A shard without a transcript has one
-        verdict, a failed `commitment`.
+        verdict, a failed `commitment`. Every shard's `final model` fails if what is served is not its parts put
+        together as agreed.
 
     Raises:
-        Misuse: if the agreed recipe has no shards.
+        Misuse: if the agreed recipe has no shards, or a transcript is of a shard that it has not.
         Impossible: if the served model is a certified one.
     """
     recipe = verify.agreed.completed(records)
     recipe = recipe if verify.coin is None else verify.coin.recipe(recipe)
     if recipe.sharding is None:
         raise Misuse("the agreed recipe has no shards; use Replay itself")
-    anchored = verify.coin is None or still_anchored(verify.coin, records, forget)
+    shards = shards_of(records, recipe.sharding)
+    strange = sorted(set(transcripts) - set(range(len(shards))))
+    if strange:
+        raise Misuse(f"there are {len(shards)} shards and a transcript of shard {strange[0]}; give those of the shards")
+    faults: dict[str, str] = {}
+    if verify.coin is not None and not still_anchored(verify.coin, records, forget):
+        faults["commitment"] = "rows that stay and rows forgotten are not those anchored for the coin"
+    if served is not None and not put_together(served, recipe, shards):
+        faults["final model"] = "the served model is not its parts put together as agreed"
     found: dict[int, tuple[Verdict, ...]] = {}
-    for index, rows in enumerate(shards_of(records, recipe.sharding)):
+    for index, rows in enumerate(shards):
         if len(rows) and index not in transcripts:
             found[index] = (
                 Verdict(check="commitment", outcome="fail", why=f"shard {index} has rows and no transcript"),
             )
         elif len(rows):
-            part = None if served is None else served.parts[index]
+            part = None if served is None or index >= len(served.parts) else served.parts[index]
             told = replace(verify, shard=index)(transcripts[index], rows, forget=forget, served=part, rng=rng)
-            found[index] = told if anchored else tuple(map(_not_anchored, told))
+            found[index] = tuple(_failed(one, faults) for one in told)
     return found
 
 
-def _not_anchored(verdict: Verdict) -> Verdict:
-    if verdict.check != "commitment" or verdict.outcome == "fail":
+def put_together(served: Trained, recipe: Recipe, shards: Sequence[Records]) -> bool:
+    """True if a served model is the parts of the shards with rows, and no others, put together as the recipe says."""
+    if len(served.parts) != len(shards) or served.recipe.sharding != recipe.sharding:
+        return False
+    modules = tuple(part.module for part, rows in zip(served.parts, shards, strict=True) if len(rows))
+    return digest_tensors(build(recipe, modules).state_dict()) == served.digest()
+
+
+def _failed(verdict: Verdict, faults: Mapping[str, str]) -> Verdict:
+    if verdict.check not in faults or verdict.outcome == "fail":
         return verdict
-    return replace(verdict, outcome="fail", why="rows that stay and rows forgotten are not those anchored for the coin")
+    return replace(verdict, outcome="fail", why=faults[verdict.check])
 
 
 def accepted(verdicts: tuple[Verdict, ...]) -> bool:

@@ -14,7 +14,7 @@ from expunge.core.trained import State
 from expunge.learn.build import build, seeded
 from expunge.learn.loop import exact_kernels
 from expunge.verify.evidence import FOREIGN, FORGOTTEN, Evidence
-from expunge.verify.states import GROUPS, Stepper, distance, misfit, model_digest
+from expunge.verify.states import GROUPS, Stepper, distance, misfit, model_digest, same_coins
 from expunge.verify.tolerance import Tolerance, run
 
 
@@ -93,7 +93,7 @@ def replay_segment(subject: Evidence, begin: int, end: int) -> Segment | str:
         end=end,
         error=off,
         length=ran.length,
-        coins=torch.equal(ran.end["coins/cpu"], goal["coins/cpu"]),
+        coins=same_coins(goal, ran.end, stepper.module),
         digests=signs and (not exact or mine == digests),
     )
 

@@ -49,9 +49,11 @@ def hits_of(
 
 
 def _labels(answers: Tensor, count: int) -> tuple[Tensor, int]:
+    kind = tuple(answers.shape) if isinstance(answers, Tensor) else type(answers).__name__
+    scores = isinstance(answers, Tensor) and answers.is_floating_point()
+    if not isinstance(kind, tuple) or len(kind) != 1 + scores or kind[0] != count or 0 in kind[1:]:
+        raise Misuse(f"predict must answer ({count}, classes) scores or ({count},) labels, got {kind}")
     answers = answers.detach().cpu()
-    if len(answers) != count or answers.dim() != (2 if answers.is_floating_point() else 1):
-        raise Misuse(f"predict must answer ({count}, classes) scores or ({count},) labels, got {tuple(answers.shape)}")
     if not answers.is_floating_point():
         return answers, 0
     usable = answers.isfinite().all(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,8 +16,24 @@ from expunge.verify.states import distance
 from expunge.verify.transcript import Transcript
 
 
+class Chosen(frozenset[int]):
+    """Segments to replay. What may be missed is reckoned from those alone that nobody could foresee.
+
+    Attributes:
+        random: how many were drawn at random among all.
+    """
+
+    random: int
+
+    def __new__(cls, segments: Iterable[int], random: int) -> Chosen:
+        """These, so many of them drawn."""
+        made = super().__new__(cls, segments)
+        made.random = random
+        return made
+
+
 class Budget(Protocol):
-    """Chooses among the segments of a transcript."""
+    """Chooses among the segments of a transcript; what is no `Chosen` counts as foreseen by the provider."""
 
     def choose(self, transcript: Transcript, *, rng: Generator) -> frozenset[int]:
         """Indices into `Transcript.segments`."""
@@ -27,9 +43,9 @@ class Budget(Protocol):
 class All:
     """Every segment: a full replay."""
 
-    def choose(self, transcript: Transcript, *, rng: Generator) -> frozenset[int]:
+    def choose(self, transcript: Transcript, *, rng: Generator) -> Chosen:
         """All indices."""
-        return frozenset(range(len(transcript.segments)))
+        return Chosen(range(len(transcript.segments)), len(transcript.segments))
 
 
 @dataclass(frozen=True)
@@ -46,11 +62,11 @@ class Random:
         if self.count < 1:
             raise Misuse(f"at least one segment must be drawn, got {self.count}")
 
-    def choose(self, transcript: Transcript, *, rng: Generator) -> frozenset[int]:
+    def choose(self, transcript: Transcript, *, rng: Generator) -> Chosen:
         """So many random indices, from a generator that the provider could not foresee."""
         own = coins.child(rng, "spot checks", transcript.commitment)
         drawn = torch.randperm(len(transcript.segments), generator=own)[: self.count]
-        return frozenset(drawn.tolist())
+        return Chosen(drawn.tolist(), len(drawn))
 
 
 @dataclass(frozen=True)
@@ -66,7 +82,7 @@ class TopQ:
         if self.count < 1:
             raise Misuse(f"at least one segment must be replayed, got {self.count}")
 
-    def choose(self, transcript: Transcript, *, rng: Generator) -> frozenset[int]:
+    def choose(self, transcript: Transcript, *, rng: Generator) -> Chosen:
         """Indices of the largest updates; NaN, or a file that cannot be read, counts as largest."""
         sizes = []
         for begin, end in transcript.segments:
@@ -75,7 +91,7 @@ class TopQ:
             except UnreadableFile:
                 sizes.append(math.inf)
         order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
-        return frozenset(order[: self.count])
+        return Chosen(order[: self.count], 0)
 
 
 @dataclass(frozen=True)
@@ -84,9 +100,15 @@ class Both:
 
     budgets: Sequence[Budget]
 
-    def choose(self, transcript: Transcript, *, rng: Generator) -> frozenset[int]:
-        """The union."""
-        return frozenset().union(*(budget.choose(transcript, rng=rng) for budget in self.budgets))
+    def choose(self, transcript: Transcript, *, rng: Generator) -> Chosen:
+        """The union. Of several `Random` the largest is drawn, and holds the others."""
+        chosen = [budget.choose(transcript, rng=rng) for budget in self.budgets]
+        return Chosen(frozenset().union(*chosen), max((at_random(one) for one in chosen), default=0))
+
+
+def at_random(chosen: frozenset[int]) -> int:
+    """How many of the chosen segments were drawn at random."""
+    return chosen.random if isinstance(chosen, Chosen) else 0
 
 
 def chance_of_missing(segments: int, faulty: int, drawn: int) -> float:

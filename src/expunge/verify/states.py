@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from expunge.core.digest import digest_tensors
 from expunge.core.recipe import Recipe
-from expunge.core.trained import State
+from expunge.core.trained import State, device_of
 from expunge.learn.ball import Ball
 from expunge.learn.loop import mean_loss, optimiser_of, prepare
+from expunge.learn.models import has_dropout
 
 GROUPS = ("parameter", "buffer", "optimiser")
 
@@ -135,6 +136,17 @@ def distance(first: State, second: State, group: str) -> float:
             continue
         total += float((one.double() - two.double()).square().sum())
     return math.inf if math.isnan(total) else math.sqrt(total)
+
+
+def same_coins(told: State, mine: State, module: nn.Module) -> bool:
+    """True if the generators that dropout draws from stand where they are told to: the GPU's too, for a model there.
+
+    A transcript made on a CPU tells of no GPU's; that is no fault unless the model has dropout, which draws from it.
+    """
+    names = ["coins/cpu"]
+    if device_of(module).type == "cuda" and ("coins/cuda" in told or has_dropout(module)):
+        names.append("coins/cuda")
+    return all(name in told and name in mine and torch.equal(told[name], mine[name]) for name in names)
 
 
 def as_double(state: State) -> dict[str, Tensor]:

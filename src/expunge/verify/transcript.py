@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -140,13 +141,12 @@ class Transcript:
         """
         folder = Path(folder)
         contract, kept = _read_manifest(folder)
+        _refuse_spacing(folder, contract, kept)
         _refuse_strangers(folder, kept)
         tensors = read_state(folder / STEPS)
         _refuse_shapes(folder, tensors)
-        rows, ends = (
-            array_of(tensors["rows"]),
-            np.concatenate([[0], array_of(tensors["sizes"]).astype(np.int64).cumsum()]),
-        )
+        rows = array_of(tensors["rows"])
+        ends = np.concatenate([[0], array_of(tensors["sizes"]).astype(np.int64).cumsum()])
         batch = array_of(tensors["batch"]).astype(np.int64)
         steps = len(ends) - 1
         if len(batch) != ends[-1] or (len(batch) and not 0 <= batch.min() <= batch.max() < len(rows)):
@@ -204,7 +204,12 @@ class Transcript:
         """
         if step not in self.kept:
             raise Misuse(f"no checkpoint is kept after step {step}; there are {len(self.kept)}, see Transcript.kept")
-        return {name: tensor.clone() for name, tensor in read_state(self.folder / checkpoint_name(step)).items()}
+        path = self.folder / checkpoint_name(step)
+        state = read_state(path)
+        strange = [tensor.dtype for tensor in state.values() if tensor.dtype.is_floating_point and tensor.itemsize < 2]
+        if strange:
+            raise UnreadableFile(f"{path} holds numbers of {strange[0]}, which no training keeps; ask for another")
+        return {name: tensor.clone() for name, tensor in state.items()}
 
     def digest(self) -> str:
         """SHA-256 over all that was read, checkpoints excepted: verifying must not change it."""
@@ -234,17 +239,16 @@ def manifest(contract: Contract, kept: Mapping[int, bytes]) -> bytes:
 def _read_manifest(folder: Path) -> tuple[Contract, dict[int, bytes]]:
     path = folder / MANIFEST
     try:
-        if path.stat().st_size > _MOST_JSON_BYTES:
-            raise UnreadableFile(f"{path} is larger than any transcript's; ask for another")
+        about = path.lstat()
+        if not stat.S_ISREG(about.st_mode) or about.st_size > _MOST_JSON_BYTES:  # links and pipes may never end
+            raise UnreadableFile(f"{path} is no plain file, or larger than any transcript's; ask for another")
         data = json.loads(path.read_bytes())
         if data["format"] != FORMAT or set(data) != {"format", "contract", "checkpoints"}:
             raise ValueError(f"it is not of format {FORMAT}")
         contract = Contract.from_json(data["contract"])
         kept = {int(step): bytes.fromhex(digest) for step, digest in data["checkpoints"].items()}
     except OSError as error:
-        raise UnreadableFile(
-            f"{folder} is no transcript ({error.strerror}); point to a folder that one is in"
-        ) from None
+        raise UnreadableFile(f"{folder} is no transcript ({error.strerror}); point to a folder with one") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         if isinstance(error, UnreadableFile):
             raise
@@ -255,13 +259,18 @@ def _read_manifest(folder: Path) -> tuple[Contract, dict[int, bytes]]:
     return contract, kept
 
 
+def _refuse_spacing(folder: Path, contract: Contract, kept: Mapping[int, bytes]) -> None:
+    """Segments must be as long as the contract says, or a share of them is not that share of the steps."""
+    steps = max(kept)
+    if len(kept) != 1 + -(-steps // contract.every) or any(step % contract.every for step in kept if step != steps):
+        raise UnreadableFile(f"{folder} keeps other checkpoints than one each {contract.every:,} steps; ask for those")
+
+
 def _refuse_strangers(folder: Path, kept: Mapping[int, bytes]) -> None:
     expected = {MANIFEST, STEPS, *map(checkpoint_name, kept)}
     for path in sorted(folder.iterdir()):
         if path.name not in expected or path.is_symlink() or not path.is_file():
-            raise UnreadableFile(
-                f"{folder} holds {path.name!r:.80}, which is no transcript's; nothing in it was opened"
-            )
+            raise UnreadableFile(f"{folder} holds {path.name!r:.80}, which is no transcript's; nothing was opened")
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safetensors.safe_open(path, "pt"):

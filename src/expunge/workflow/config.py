@@ -46,6 +46,10 @@ on_flag = "hold"
 # Requests are screened for attacks at this false-alarm rate, the share of honest ones that is flagged too; 0: they
 # are not screened. 0.05 is usual.
 screen = 0.0
+# Exact retraining leaves a transcript beside the model, and this share of its training is trained again before the
+# release, drawn after the transcript was committed to; 0: no transcript is left, and nothing is replayed. 1: all of
+# it, which at least doubles the cost.
+replay = 0.0
 # A request whose sender has not proved who they are ends after so many days.
 identity_days = 30
 # Owners can fetch the keys to their records for so many days after completion; then they are destroyed.
@@ -65,6 +69,7 @@ class Policy:
         most: requests in one run.
         on_flag: ``hold`` or ``exact``.
         screen: false-alarm rate at which requests are screened for attacks; 0: they are not.
+        replay: share of an exact retraining that is trained again, from its transcript; 0: there is none.
         identity_days: after which an unverified request ends.
         keys_days: after which the keys to removed records are destroyed.
         lease_s: a worker that is not heard of for so long may be replaced.
@@ -75,6 +80,7 @@ class Policy:
     most: int = 1000
     on_flag: str = "hold"
     screen: float = 0.0
+    replay: float = 0.0
     identity_days: float = 30.0
     keys_days: float = 30.0
     lease_s: float = 60.0
@@ -84,6 +90,8 @@ class Policy:
             raise Misuse(f'on_flag must be "hold" or "exact", got {self.on_flag!r}; a flagged request is never dropped')
         if type(self.screen) not in (int, float) or not 0 <= self.screen <= 0.5:
             raise Misuse(f"screen must be a false-alarm rate from 0 (no screening) to 0.5, got {self.screen!r}")
+        if type(self.replay) not in (int, float) or not 0 <= self.replay <= 1:
+            raise Misuse(f"replay must be a share of the training from 0 (none) to 1 (all), got {self.replay!r}")
         for name in ("count", "most"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise Misuse(f"{name} must be >= 1 and a whole number, got {getattr(self, name)!r}")
@@ -142,7 +150,7 @@ _KNOWN: Mapping[str, frozenset[str]] = {
     "ledger": frozenset({"url", "origin", "anchor"}),
     "clock": frozenset({"regime", "zone", "holidays"}),
     "batch": frozenset({"count", "wait_hours", "most"}),
-    "policy": frozenset({"on_flag", "screen", "identity_days", "keys_days", "lease_s"}),
+    "policy": frozenset({"on_flag", "screen", "replay", "identity_days", "keys_days", "lease_s"}),
 }
 """The parts of the file, and the settings in each; the models' parts are the command line's."""
 

@@ -21,6 +21,7 @@ from expunge.core.errors import ExpungeError
 from expunge.core.records import Records
 from expunge.ledger.states import State
 from expunge.ledger.sweep import Leftover, Needles, Sweep, sweep
+from expunge.workflow.transcripts import TRANSCRIPT, steps_told
 from expunge.workflow.workspace import Workspace
 
 
@@ -130,13 +131,17 @@ def look(workspace: Workspace, forget: Records, stays: Records, asked: Asked = f
     waiting |= asked()  # filed meanwhile
     waits = {names[name] for name in waiting if name in names}
     words = {names[name] for name in names if name in _words(workspace)}
-    ledgers, ours = ({needles.hide(path) for path in of(workspace)} for of in (_files_of_ledger, _files_of_ours))
+    steps = {names[name] for name in names if name in steps_told(workspace.root)}
+    files = (_files_of_ledger, _files_of_ours, _files_of_transcripts)
+    ledgers, ours, told = ({needles.hide(path) for path in of(workspace)} for of in files)
 
     def excused(one: Leftover) -> bool:
-        by_name = one.form in ("id", "owner")
-        return (one.record in waits and one.path in ledgers) or (
-            by_name and one.record in words and (one.path in ours or one.offset < 0)  # below 0: in a file's name
-        )
+        if one.form in ("id", "owner"):  # offset below 0: in a file's name
+            if one.record in words and (one.path in ours | told or one.offset < 0):
+                return True
+            if one.record in steps and one.path in told:
+                return True
+        return one.record in waits and one.path in ledgers
 
     left = [one for one in found.leftovers if not excused(one)]
     for path in _copies(workspace):
@@ -207,6 +212,12 @@ def _files_of_ours(workspace: Workspace) -> set[str]:
     """Relative to the workspace: the ledger's files, the settings, and what is written beside models' parameters."""
     books = {path.relative_to(workspace.root).as_posix() for path in workspace.root.glob("models/**/trained.json")}
     return _files_of_ledger(workspace) | books | {"expunge.toml"}
+
+
+def _files_of_transcripts(workspace: Workspace) -> set[str]:
+    """Relative to the workspace: what lies in the transcripts of versions."""
+    found = workspace.root.glob(f"models/*/*/{TRANSCRIPT}/**/*")
+    return {path.relative_to(workspace.root).as_posix() for path in found}
 
 
 def _copies(workspace: Workspace) -> list[str]:

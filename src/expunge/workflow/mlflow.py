@@ -22,6 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from expunge.core.digest import sha256_hex
 from expunge.core.errors import Misuse, Stopped, UnreadableFile, Unsupported
 from expunge.workflow.mirror import PARENT
+from expunge.workflow.transcripts import TRANSCRIPT
 
 DIGEST = "state_dict.sha256"
 SUPERSEDED = "unlearn.superseded_by"
@@ -223,7 +224,7 @@ class MlflowMirror:
         if not target.is_dir():
             part = target.with_name(f"{key}.part")
             shutil.rmtree(part, ignore_errors=True)
-            shutil.copytree(folder, part)
+            shutil.copytree(folder, part, ignore=lambda _, names: {TRANSCRIPT} & set(names))  # that is for auditors
             os.replace(part, target)
         return target.as_uri()
 

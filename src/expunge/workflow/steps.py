@@ -6,9 +6,11 @@ Any of them may happen twice, if its worker dies before it is recorded; its effe
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Final
 
 from expunge.core.claim import Claim
@@ -25,10 +27,12 @@ from expunge.ledger.jobs import Run, Statement
 from expunge.ledger.ledger import Ledger
 from expunge.ledger.models import Served
 from expunge.ledger.sweep import Sweep
+from expunge.verify.stage import VerifyStage
 from expunge.workflow import erasure
 from expunge.workflow.carrying import Carried, carry_out
 from expunge.workflow.mirror import PARENT, REQUESTS, Mirror
 from expunge.workflow.statements import claim_of, method_of, statement
+from expunge.workflow.transcripts import TRANSCRIPT, transcribing
 from expunge.workflow.workspace import Workspace
 
 BEFORE: Final = ("screen",)
@@ -72,11 +76,13 @@ class Steps:
         name = self.workspace.keys.pseudonym
         return replace(trained, gone=trained.gone | {one for one in asked if name(one) in trained.gone})
 
-    def outcome(self, name: str, job: Job, of: str) -> Outcome:
-        """What a stage says of a job; `of` names its coins."""
+    def outcome(self, name: str, job: Job, of: str, version: Path | None = None) -> Outcome:
+        """What a stage says of a job; `of` names its coins, and `version` is the folder of the model after."""
         stage = self.stages.get(name)
         if stage is None:
             return NotDone(why=NOT_DONE)
+        if isinstance(stage, VerifyStage) and version is not None:
+            stage = stage.at(version / TRANSCRIPT)
         return stage(job, rng=self.workspace.keys.coins("stage", name, of))
 
     def unlearn(self, run: Run) -> Run:
@@ -97,17 +103,20 @@ class Steps:
             raise Corrupt(
                 f"the served model says that it stands on {len(trained.ids):,} records, and the ledger on others"
             )
-        carried = carry_out(method, trained, self.records, requests, rng=rng)
-        left = trained.ids - carried.trained.ids
-        read = None
-        if carried.witness is not None:
-            over = map(name, carried.carried_over())
-            read = carried.witness.commitments(self.workspace.keys, openings, over).root().to_json()
-        folder = served.folder
-        if carried.changed:
-            # The fence is part of the name: a worker that was taken over may still be saving its own.
-            folder = f"models/{self.model}/v{served.version + 1:04d}-{run.id[:8]}-{run.fence}"
-            self._keep(run, carried.trained, folder)
+        # The fence is part of the name: a worker that was taken over may still be saving its own.
+        folder = f"models/{self.model}/v{served.version + 1:04d}-{run.id[:8]}-{run.fence}"
+        root, share, read = self.workspace.root, self.workspace.config.policy.replay, None
+        with (
+            self._saving(run),
+            transcribing(method, trained, root / folder, root / served.folder, share) as (carrying, told),
+        ):
+            carried = carry_out(carrying, trained, self.records, requests, rng=rng)
+            if carried.witness is not None:
+                over = map(name, carried.carried_over())
+                read = carried.witness.commitments(self.workspace.keys, openings, over).root().to_json()
+            if carried.changed:
+                self.workspace.keep(carried.trained, folder, told)
+        left, folder = trained.ids - carried.trained.ids, folder if carried.changed else served.folder
         failpoint("after save")
         digest, version = carried.trained.digest(), served.version + carried.changed
         found = {
@@ -143,9 +152,10 @@ class Steps:
                 del possible[name]
         return run, possible
 
-    def _keep(self, run: Run, trained: Trained, folder: str) -> None:
+    @contextmanager
+    def _saving(self, run: Run) -> Iterator[None]:
         try:
-            self.workspace.keep(trained, folder)
+            yield
         except Unwritable:  # whoever took the run over deletes what this worker is still writing: then Overtaken
             self.ledger.runs.renew(run, self.workspace.config.policy.lease_s)
             raise
@@ -162,12 +172,12 @@ class Steps:
         self.ledger.runs.verifying(run)
         after = self._after(run)
         requests = tuple(self.workspace.asked(name) for name in run.requests)
-        before = self.served()
+        before = self.knowing(self.served(), requests)
         job = Job(requests=requests, before=before, after=after, records=self.records)
         outcomes: dict[str, Outcome] = {}
         for number, name in enumerate(AFTER):
             self.tell(f"{name}", number, len(AFTER))
-            outcomes[name] = self.outcome(name, job, run.id)
+            outcomes[name] = self.outcome(name, job, run.id, self.workspace.root / run.detail["after"]["folder"])
         for name, outcome in outcomes.items():
             if isinstance(outcome, Failed):
                 self.ledger.runs.fail(run, f"{name}: {outcome.why}")
@@ -279,7 +289,7 @@ class Steps:
     def _screened(self, request: str) -> dict[str, str]:
         """What became of a request's screening, as the log has it."""
         judged = [entry for entry in self.ledger.log.entries(request) if entry.kind in ("screened", "held")][-1]
-        word = dict(said.split(": ", 1) for said in judged.body["stages"]).get("screen", "not done")
+        word = dict(said.split(": ", 1) for said in judged.body["stages"]).get("screen", "not done").partition(": ")[0]
         if word == "passed":
             return {"name": "screen", "outcome": "passed", "why": "nothing was flagged"}
         if word == "not done":

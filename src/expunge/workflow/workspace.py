@@ -29,6 +29,7 @@ from expunge.ledger.ledger import Ledger
 from expunge.ledger.models import Served
 from expunge.ledger.requests import Filed, Submission
 from expunge.workflow.config import TEMPLATE, Config
+from expunge.workflow.transcripts import move_in
 
 SETTINGS = "expunge.toml"
 
@@ -144,14 +145,22 @@ class Workspace:
         write_atomically(path, new.encode("utf-8"))
         self.config = Config.read(path)
 
-    def keep(self, trained: Trained, folder: str) -> None:
+    def keep(self, trained: Trained, folder: str, told: Path | None = None) -> None:
         """Save a model below the workspace, durably, its records under their pseudonyms.
 
+        Args:
+            trained: the model.
+            folder: a new one, below the workspace.
+            told: the transcript of its training, which is moved in beside it.
+
         Raises:
-            Unwritable: if the disk is full or read-only.
+            Unwritable: if the disk is full or read-only, or the transcript is gone.
         """
         try:
-            _sync(trained.renamed(self.keys.pseudonym).save(self.root / folder))
+            saved = trained.renamed(self.keys.pseudonym).save(self.root / folder)
+            if told is not None:
+                move_in(told, saved)
+            _sync(saved)
         except (OSError, SafetensorError) as error:
             raise Unwritable(f"the model could not be saved in {self.root / folder} ({error}); make room") from error
 
