@@ -82,6 +82,13 @@ FRONTS = {
         budgets=(0.01,),
         through=InfluenceUnlearning(),
     ),
+    "mnist-evading": Front(
+        data="mnist",
+        recipe=_SOFTMAX,
+        attacks=("select-once", "evading"),
+        budgets=(0.002,),
+        through=InfluenceUnlearning(),
+    ),
     "mnist-camouflage": Front(
         data="mnist",
         recipe=_SOFTMAX,

@@ -93,7 +93,7 @@ def _methods(plans: Iterable[Found] | None) -> Iterable[str]:
         yield "Not measured.\n"
         return
     for plan in plans:
-        yield f"### {plan['data']}: {plan['records']:,} rows\n"
+        yield f"### {plan['data']}: {plan['records']:,} rows, {plan['rows']}, weight decay {plan['weight_decay']:g}\n"
         yield (
             f"Retraining by the recipe: {100 * plan['retrained']['value']:.1f} % in {plan['seconds_retrain']:.1f} s.\n"
         )
