@@ -328,6 +328,22 @@ def test_a_connection_lost_at_the_very_commit_is_not_called_a_change_undone(post
     killer.dispose()
 
 
+@pytest.mark.parametrize("how", ["read", "write"])
+def test_an_interruption_amid_a_query_stays_one_and_the_ledger_goes_on(postgres_url, how):
+    """Psycopg leaves a connection busy if its query is interrupted twice: undoing on it fails, and hid the Ctrl-C."""
+    ledger = kit.opened(postgres_url)
+    kit.file(ledger, "r-0")
+    with pytest.raises(KeyboardInterrupt), getattr(ledger.database, how)() as connection:
+        if how == "write":
+            connection.execute(sa.text("DELETE FROM outbox"))
+        connection.connection.dbapi_connection.pgconn.send_query(b"SELECT pg_sleep(30)")
+        raise KeyboardInterrupt
+    kit.file(ledger, "r-1")
+    assert rows_of(ledger) == (2, 2)
+    assert kit.faults(ledger) == []
+    ledger.close()
+
+
 def test_a_reader_has_one_view_however_many_queries_it_makes(database_url):
     ledger = kit.opened(database_url)
     kit.file(ledger, "r-0")

@@ -8,7 +8,7 @@ import select
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -72,7 +72,7 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """Within: one consistent view, however many queries and whoever writes meanwhile."""
-        with self._explained(), self.engine.connect() as connection:
+        with self._explained(), self._connected() as connection:
             yield connection.execution_options(readonly=True)
             connection.commit()  # after a ROLLBACK psycopg throws away all statements that it had prepared
 
@@ -84,7 +84,7 @@ class Database:
             Unwritable: if the disk is full or read-only, or the database cannot be reached. Nothing was changed, or,
                 if the connection was lost at the very commit, nobody knows, and the message says so.
         """
-        with self._explained(), self.engine.connect() as connection:
+        with self._explained(), self._connected() as connection:
             connection.execution_options(begun_by_lock=True).begin()
             failpoint("before update")
             self.lock_appends(connection)  # first of all: two who took it after other locks could wait for each other
@@ -93,6 +93,24 @@ class Database:
             with self._explained("it is not known whether the last change was kept"):
                 connection.commit()
         failpoint("after commit")
+
+    @contextmanager
+    def _connected(self) -> Iterator[Connection]:
+        """Within: a connection. An interruption amid a query may leave psycopg's busy, so that it can undo nothing more:
+        the query is cancelled and the connection thrown away, so that the server undoes what was not committed.
+        """
+        with self.engine.connect() as connection:
+            try:
+                yield connection
+            except Exception:
+                raise
+            except BaseException:
+                if not self.on_sqlite:
+                    with suppress(sa.exc.SQLAlchemyError, self._driver_error):  # it may be lost already
+                        raw: Any = connection.connection.dbapi_connection
+                        raw.cancel()
+                    connection.invalidate()
+                raise
 
     def lock_appends(self, connection: Connection) -> None:
         """Until the transaction ends, no other writes; held already within `write`.
