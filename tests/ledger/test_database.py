@@ -333,11 +333,16 @@ def test_an_interruption_amid_a_query_stays_one_and_the_ledger_goes_on(postgres_
     """Psycopg leaves a connection busy if its query is interrupted twice: undoing on it fails, and hid the Ctrl-C."""
     ledger = kit.opened(postgres_url)
     kit.file(ledger, "r-0")
-    with pytest.raises(KeyboardInterrupt), getattr(ledger.database, how)() as connection:
-        if how == "write":
-            connection.execute(sa.text("DELETE FROM outbox"))
-        connection.connection.dbapi_connection.pgconn.send_query(b"SELECT pg_sleep(30)")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with getattr(ledger.database, how)() as connection:
+            if how == "write":
+                connection.execute(sa.text("DELETE FROM outbox"))
+            connection.connection.dbapi_connection.pgconn.send_query(b"SELECT pg_sleep(30)")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     kit.file(ledger, "r-1")
     assert rows_of(ledger) == (2, 2)
     assert kit.faults(ledger) == []

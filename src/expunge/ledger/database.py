@@ -96,8 +96,10 @@ class Database:
 
     @contextmanager
     def _connected(self) -> Iterator[Connection]:
-        """Within: a connection. An interruption amid a query may leave psycopg's busy, so that it can undo nothing more:
-        the query is cancelled and the connection thrown away, so that the server undoes what was not committed.
+        """Within: a connection.
+
+        An interruption amid a query may leave psycopg's busy, so that nothing can be undone on it: the query is cancelled
+        and the connection thrown away, and the server undoes what was not committed.
         """
         with self.engine.connect() as connection:
             try:
