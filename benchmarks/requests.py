@@ -11,6 +11,8 @@ The parts:
              by row, against gradients of blocks by vmap, and against forward mode; in time and in memory
     attacks  requests in bad faith against models of MNIST and Adult: 30 targets, 3 trainings, beside controls, and
              what screens leave of them; hours, so never with --quick
+    camouflage  200 recorded trials of settings under which camouflage may wake on Adult, and the best of them on
+             targets that the search never saw; an hour, so never with --quick
 
 With ``--quick`` the last line is one JSON:
 
@@ -28,6 +30,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import _attacks
+import _camouflage
 import _scores
 
 from expunge.core.store import write_atomically
@@ -39,7 +42,7 @@ TRIALS = HERE.parent / "build" / "requests"
 Part = Callable[[bool], dict[str, float]]
 """Measures one part, as a sample if asked to; names and figures, all of them for the last line of ``--quick``."""
 PARTS: Mapping[str, Part] = {"scores": _scores.measure}
-"""Those that have a quick sample; `attacks` has none."""
+"""Those that have a quick sample; `attacks` and `camouflage` have none."""
 EXAMPLES = """examples:
   python benchmarks/requests.py --quick
   python benchmarks/requests.py --quick --only scores
@@ -54,13 +57,13 @@ def main() -> None:
         description=__doc__.splitlines()[0], epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a sample, in under a minute; the last line is one JSON")
-    parser.add_argument("--only", choices=[*PARTS, "attacks"], help="one part")
+    parser.add_argument("--only", choices=[*PARTS, "attacks", "camouflage"], help="one part")
     parser.add_argument(
         "--front", choices=list(_attacks.FRONTS), help="of the part attacks: one front; all if left out"
     )
     words = parser.parse_args()
-    if words.only == "attacks" and words.quick:
-        parser.error("attacks has no quick sample; leave out --quick")
+    if words.only in ("attacks", "camouflage") and words.quick:
+        parser.error(f"{words.only} has no quick sample; leave out --quick")
     figures: dict[str, float] = {}
     for name in PARTS if words.only is None else {words.only} & set(PARTS):
         found = PARTS[name](words.quick)
@@ -72,6 +75,13 @@ def main() -> None:
         for front in [words.front] if words.front else _attacks.FRONTS:
             told = _attacks.measure(front, TRIALS / front, RESULTS)
             print(json.dumps({front: told}, indent=1))
+    if words.only == "camouflage" or not (words.only or words.quick):
+        found = _camouflage.search(
+            _attacks.FRONTS["adult"].recipe,
+            TRIALS / "adult-camouflage-search.jsonl",
+            RESULTS / "adult-camouflage-search.json",
+        )
+        print(json.dumps({"camouflage": found["on fresh targets"]}, indent=1))
     print(json.dumps(figures))
 
 

@@ -110,6 +110,17 @@ def test_a_request_for_what_was_never_there_is_left_to_its_own_error(asked, case
     refuse_contradictions({}, case.records, gone=frozenset())
 
 
+def test_what_is_asked_about_rows_that_are_gone_contradicts_nothing(asked, case, trained):
+    both = {name: asked[name] for name in ("removed", "replaced by the same")}
+    gone = frozenset(case.records.ids[:2])
+    refuse_contradictions(both, case.records, gone=gone)
+    with pytest.raises(Misuse, match="about 1 rows"):
+        refuse_contradictions(both, case.records, gone=frozenset(case.records.ids[:1]))
+    after = Retrain()(trained, case.records, Request.remove(sorted(gone)), rng=generator(0)).trained
+    last, spent = carry_out(Retrain(), after, case.records, tuple(both.values()), rng=generator(0))
+    assert (last.gone - gone, spent["refused"]) == ({case.records.ids[2]}, ())
+
+
 @pytest.mark.parametrize("first", ["removed", "replaced"])
 def test_the_judge_refuses_contradictory_requests_before_any_work(asked, case, trained, first):
     calls = []

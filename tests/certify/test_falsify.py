@@ -164,6 +164,24 @@ def test_randomised_response_attains_its_epsilon_and_raises_few_false_alarms():
     assert np.mean(found) > 0.75 * epsilon
 
 
+def test_rare_events_in_worlds_of_unequal_size_raise_few_false_alarms():
+    """Scores that choose are nearly all 0 here: coins dealt from those alone would ever be the same."""
+
+    def rare(seed):
+        rng = np.random.default_rng([seed, 100, 30])
+        return [1.0 * (rng.random(n) < 0.05) for n in (100, 30)]
+
+    assert np.mean([lower_bound(*rare(seed), 0.0, 0.9).low > 0 for seed in range(200)]) <= 0.15
+
+
+def test_scores_that_are_infinite_are_the_most_extreme_ones():
+    one, other = np.full(1000, math.inf), np.full(1000, -math.inf)
+    assert lower_bound(one, other, DELTA).low == pytest.approx(ceiling(1000, DELTA))
+    one[::2] = other[::2] = 0.0
+    assert lower_bound(one, other, DELTA).low > 4
+    assert lower_bound_mu(one, other).low > 2
+
+
 def test_a_bound_that_chooses_and_counts_on_the_same_scores_would_be_noticed():
     def naive(one, other):
         places = np.sort(np.concatenate([one, other]))

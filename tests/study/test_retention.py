@@ -267,6 +267,9 @@ def test_atypical_rows_are_hard_and_their_twins_are_near_of_their_label_and_stay
     assert float(near[drawn].max()) <= float(near.quantile(0.5)) + 1e-5  # all 400 rows are in the sample
     assert chosen.figures["nearest that stays, median"] < chosen.figures["random row of the class, median"]
     assert chosen.figures["twins that are atypical"] > 0
+    many = atypical_rows(ROWS, RECIPE, replace(RULES, forgotten=350, hard=0.95, reach=1.0), generator(2)).positions
+    assert len(many) > 100
+    assert not set(twins[list(many)].tolist()) & set(many), "where most rows are somebody's twin too"
 
 
 def test_rows_of_a_group_do_not_depend_on_the_order_of_seeds_or_parties(found):

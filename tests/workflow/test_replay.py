@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from dataclasses import dataclass, replace
@@ -163,6 +164,18 @@ def test_what_leaves_no_transcript_is_not_done_and_never_passed(place, what):
     assert here.stages(asked)["verify"] == "not done"
     assert not told(here).exists()
     assert strays(here) == []
+
+
+def test_a_model_with_noise_in_its_past_leaves_none(tmp_path):
+    plain = kit.trained("whole")
+    told = {}
+    for name, trained in (("plain", plain), ("noised", replace(plain, releases=("noise",)))):
+        with transcripts.transcribing(Retrain(), trained, tmp_path / "v0002", tmp_path / "v0001", 1.0) as (
+            _,
+            told[name],
+        ):
+            pass
+    assert told == {"plain": tmp_path / ".v0002.told" / "transcript", "noised": None}
 
 
 def test_after_an_approximate_method_the_transcript_of_the_version_before_is_no_witness(place):
@@ -343,6 +356,22 @@ def test_names_that_are_steps_of_a_transcript_are_leftovers_elsewhere(numbered):
     assert numbered.run(**ALL).completed == (again,)
 
 
+def test_a_record_that_goes_by_the_name_of_a_shards_stage_is_no_leftover_in_transcripts(tmp_path):
+    rows = datasets.get("optdigits").train.select(range(96))
+    ids = [f"slice-{i}" for i in range(96)]
+    records = Records(rows.x, rows.y, ids, [f"person-{i}" for i in range(96)], classes=10)
+    workspace = Workspace.init(tmp_path / "ws", keys=kit.KEYS)
+    how = replace(kit.trained("shards").recipe, batch_size=8)
+    workspace.register(kit.MODEL, kit.from_scratch(how, records), records)
+    workspace.close()
+    kit.settle(tmp_path / "ws", replay=1.0)
+    here = kit.Place(tmp_path / "ws", records)
+    asked = here.honour(Request.remove(ids[:2]), method=Sisa(), **ALL)
+    assert here.stages(asked)["verify"] == "passed"
+    assert transcripts.steps_told(here.root) & set(ids) == {"slice-0"}
+    here.close()
+
+
 class Died(BaseException):
     """The worker died here."""
 
@@ -392,6 +421,27 @@ def test_what_a_killed_worker_left_of_a_transcript_goes_with_the_next_run(place)
     (left / "checkpoint-000000000.safetensors").write_bytes(b"x")
     assert here.run(**ALL).completed == ()
     assert here.versions() == ["v0001"]
+
+
+def test_what_is_still_written_while_it_is_deleted_goes_in_the_end(place, monkeypatch):
+    """A worker that was stopped and taken over goes on recording; the certificate calls its files no version."""
+    here = place("whole", replay=1.0)
+    left = here.root / "models" / kit.MODEL / ".v0002-00000000-1.told"
+    rmtree, written = shutil.rmtree, []
+
+    def beaten(folder, *given, **how):
+        rmtree(folder, *given, **how)
+        if folder == left and len(written) < 2:
+            left.mkdir(parents=True)
+            written.append((left / f"checkpoint-{len(written)}").write_bytes(b"x"))
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
+
+    monkeypatch.setattr(shutil, "rmtree", beaten)
+    monkeypatch.setattr("expunge.workflow.steps.failpoint", lambda name: name == "after switch" and left.mkdir())
+    asked = here.honour(Request.remove_owner(ANN), **ALL)
+    assert len(written) == 2
+    assert not left.exists()
+    assert {"what": "unfinished files", "name": f"{kit.MODEL}/{left.name}"} in here.said(asked)["retired"]
 
 
 def test_a_full_disk_is_said_so_and_the_run_goes_on_when_there_is_room(place, monkeypatch):

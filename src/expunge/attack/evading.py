@@ -6,7 +6,7 @@ screening, model and data, as an insider would, and searches for the most harm t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, product
 from typing import Any, Protocol
@@ -172,14 +172,12 @@ class Evading:
         while waiting and filed < self.budget and oracle.left >= self.confirm and failures < 3:
             rows = waiting[: min(size, self.budget - filed)]
             waiting = waiting[len(rows) :]
-            filler = list(islice(quiet, round(cover * len(rows))))
-            kept = oracle.thinned(wares, rows, filler)
+            kept, filler = oracle.thinned(wares, rows, round(cover * len(rows)), quiet)
             failures = 0 if kept else failures + 1
             if kept:
-                asked = kept + filler[: _share(filler, rows, kept)]
-                passed.append(wares.request(asked))
+                passed.append(wares.request(kept + filler))
                 filed += len(kept)
-                gain += sum(wares.effects[name] for name in asked)
+                gain += sum(wares.effects[name] for name in kept + filler)
         return tuple(passed), gain
 
 
@@ -197,19 +195,22 @@ class _Oracle:
     def left(self) -> int:
         return self.attack.queries - self.asked
 
-    def thinned(self, wares: Wares, rows: list[str], filler: list[str]) -> list[str]:
-        """The rows that pass with their share of the cover: all, or those left when the most suspicious half goes.
+    def thinned(self, wares: Wares, rows: list[str], cover: int, quiet: Iterator[str]) -> tuple[list[str], list[str]]:
+        """The rows that pass, and their cover: all rows, or those left when the most suspicious half goes, and again.
 
-        The cover shrinks with them: a screening calibrates itself for each size, so that few sizes are asked about.
+        Cover comes in the place of those that go: so the request stays as large as it is, and a screening, which
+        calibrates itself for each size, is asked about few of them.
         """
-        left = rows
-        while left and self.left >= self.attack.confirm:
-            suspicion = self._suspicion(wares.request(left + filler[: _share(filler, rows, left)]))
+        filler = list(islice(quiet, cover))
+        while rows and self.left >= self.attack.confirm:
+            suspicion = self._suspicion(wares.request(rows + filler))
             if suspicion is None:
-                return left
-            places = {name: place for place, name in enumerate(left)}
-            left = sorted(left, key=lambda name: (suspicion.get(name, 0.0), places[name]))[: len(left) // 2]
-        return []
+                return rows, filler
+            places = {name: place for place, name in enumerate(rows)}
+            kept = sorted(rows, key=lambda name: (suspicion.get(name, 0.0), places[name]))[: len(rows) // 2]
+            filler += islice(quiet, len(rows) - len(kept))
+            rows = kept
+        return [], []
 
     def _suspicion(self, request: Request) -> dict[str, float] | None:
         """None if the request passes every time; else how suspicious each row is, by its worst rank in any screen."""
@@ -226,11 +227,6 @@ class _Oracle:
         found = list(values.values()) if isinstance(values, Mapping) else list(values)
         fine = least is None or all(value >= least for value in found)
         return decided.action == "carry out" and not decided.hold and fine
-
-
-def _share(filler: Sequence[str], rows: Sequence[str], kept: Sequence[str]) -> int:
-    """Rows of cover for those that are kept, as many for each as before."""
-    return len(filler) * len(kept) // len(rows)
 
 
 def _ranks(decided: Decided) -> dict[str, float]:

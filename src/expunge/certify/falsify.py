@@ -6,7 +6,8 @@ A bound below it proves nothing: another attack, or more pairs, might do better.
 Two bounds, of two statements. `lower_bound` is on epsilon at a delta, whatever the mechanism. `lower_bound_mu` is on
 mu, and refutes only who states a mu. Both choose how to look by some of the scores and count the others, so that
 choosing costs no validity, and are exact at any number of pairs, with a false alarm in at most ``1 - confidence``
-of cases. They need independent scores, also across the worlds: of independent trainings, or of fresh noise.
+of cases. They need independent scores, also across the worlds, and alike within each: of independent trainings, or of
+fresh noise.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _CHOOSING = 4  # one in so many scores chooses the threshold
 _PLANNING = 12  # and one in so many the order of guesses
 _FEWEST = 8
 _TIE = 1e-6
+_FAR = 1e300  # infinite scores are as far out as this, so that there are means of them
 
 
 def lower_bound(scores_one: ArrayLike, scores_other: ArrayLike, delta: float, confidence: float = 0.95) -> Estimate:
@@ -190,7 +192,7 @@ def _checked(scores: ArrayLike) -> _Numbers:
     values = np.asarray(scores, dtype=np.float64).ravel()
     if len(values) < _FEWEST or np.isnan(values).any():
         raise Misuse(f"an attack needs at least {_FEWEST} scores in each world, and numbers, got {len(values)}")
-    return values
+    return np.clip(values, -_FAR, _FAR)
 
 
 def _pair(scores_one: ArrayLike, scores_other: ArrayLike, confidence: float) -> tuple[_Numbers, _Numbers]:

@@ -11,8 +11,9 @@ Every score guesses a world, and guesses are counted from the most extreme score
 2. The counts are looked at a dozen times or fewer, each time at half as many guesses again. What is refuted is every p
    at which the least of the binomial tails is so small that this has a chance of `tail` at most. That chance is
    computed, as that of a sum of tosses to cross a line, so that looking often costs what it must and no more.
-3. What order, sides and middle the guesses have is chosen by scores that are not counted, and the coins are dealt from
-   those.
+3. What order, sides and middle the guesses have is chosen by scores that are not counted. The coins are a SHA-256 of
+   all scores in their order, taken to be as good as coins that know nothing of them. Of the scores that are not
+   counted alone they would not be: of a rare event those are hardly ever other than 0, and the coins ever the same.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 from scipy.special import betaincinv, logit
+
+from expunge.core.digest import sha256_hex
 
 Numbers = NDArray[np.float64]
 Whole = NDArray[np.int64]
@@ -159,7 +162,7 @@ def bound(held: tuple[Numbers, ...], apart: tuple[Numbers, ...], delta: float, t
         tail: chance of a false alarm.
     """
     sign, middle, sides = plan(apart[0], apart[1], delta, tail)
-    rng = np.random.default_rng(np.concatenate(apart).view(np.uint32))
+    rng = np.random.default_rng(int(sha256_hex(np.concatenate([*held, *apart]).tobytes()), 16))
     one, other = held
     m = counted(min(len(one), len(other)), tail)
     ours = int(np.clip(rng.binomial(m, 0.5), m - len(other), len(one)))

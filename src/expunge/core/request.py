@@ -245,7 +245,8 @@ def refuse_contradictions(
     """Misuse, before any work, if requests that are to be carried out together contradict each other.
 
     They do if one removes a row that another replaces, or if two replace it by different rows. To ask twice for the
-    same is none: the second finds the row gone. What names nothing that is there is left to `Request.split`.
+    same is none: the second finds the row gone; nor is what is asked about rows that are gone already, as it changes
+    nothing. What names nothing that is there is left to `Request.split`.
 
     Args:
         requests: by the names that the message calls them by, in order.
@@ -263,6 +264,8 @@ def refuse_contradictions(
         except UnknownRecord:
             continue
         for row, record_id in enumerate(named):
+            if record_id in gone:
+                continue
             first, other, place = asked.setdefault(record_id, (name, request, row))
             if first != name and not _same(other, place, request, row):
                 found[first, name, other.kind == request.kind] += 1

@@ -98,7 +98,7 @@ class Database:
     def _connected(self) -> Iterator[Connection]:
         """Within: a connection.
 
-        An interruption amid a query may leave psycopg's busy, so that nothing can be undone on it. It is cancelled then,
+        An interruption amid a query may leave psycopg's busy, so that nothing can be undone on it. It is cancelled,
         and the connection thrown away: the server undoes what was not committed.
         """
         with self.engine.connect() as connection:

@@ -20,7 +20,7 @@ _ASKED = {
     "margin, retrained: the same under exact retraining; in units of the outputs, mean over targets with Student's t "
     "interval; above 0 with all of the interval: the attack works. no more than neighbours: it moves targets further "
     "than random rows, but not shown so of nearest neighbours.",
-    "work": "row gradients that it takes the unlearner, over those of random rows.",
+    "work": "row gradients that it takes the unlearner, over those of random rows; blank where not shown to be more.",
     "accuracy": "in percent, of all other test rows, after the attack through the unlearner.",
 }
 _LEFT = {

@@ -147,9 +147,10 @@ class NearCopies:
 def chance_of_near(near: int, asked: int, within: int, controls: int) -> float:
     """Chance that so many or more of the rows asked lie nearer than the control after the `within` nearest ones.
 
-    All orders of rows and controls are equally likely: `near` of the first ``near + within`` are rows, or more. Exact
-    without ties, and above it with them. (A binomial law would take the share of controls for the true rate; at 1,000
-    controls and 1,000 rows that accuses ten times too often at 0.1 %.)
+    All orders of rows and controls are equally likely: `near` of the first ``near + within`` are rows, or more. Rows as
+    near as the last of those controls count too, so that it is somewhat above the true chance. (A binomial law would
+    take the share of controls for the true rate; at 1,000 controls and 1,000 rows that accuses ten times too often at
+    0.1 %.)
     """
     return float(stats.hypergeom.sf(near - 1, asked + controls, asked, min(near + within, asked + controls)))
 

@@ -50,7 +50,7 @@ def retire(workspace: Workspace, name: str, serving: str, removed: Collection[st
         if folder.is_symlink():
             folder.unlink()
         else:
-            shutil.rmtree(folder)
+            _delete(folder)
     derived = [artefact.digest for artefact in workspace.store.derived_from(removed)]
     if derived:
         workspace.store.delete(*derived)
@@ -60,9 +60,25 @@ def retire(workspace: Workspace, name: str, serving: str, removed: Collection[st
     return retired
 
 
+def _delete(folder: Path) -> None:
+    """Delete a folder, even while a worker that was taken over still writes into it: then it finds its own gone."""
+    for _ in range(_TRIES):
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                raise
+        if not folder.exists():
+            return
+    shutil.rmtree(folder)
+
+
 def due(workspace: Workspace, name: str, serving: str, removed: Collection[str]) -> list[dict[str, Any]]:
     """What `retire` would delete, by name."""
-    found = [{"what": "model version", "name": f"{name}/{path.name}"} for path in others(workspace, name, serving)]
+    found = [
+        {"what": "unfinished files" if path.name.startswith(".") else "model version", "name": f"{name}/{path.name}"}
+        for path in others(workspace, name, serving)
+    ]
     many = len(workspace.store.derived_from(removed))
     if many:
         found.append({"what": "artefacts", "name": f"{many} that derived from removed records"})

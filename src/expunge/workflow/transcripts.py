@@ -163,6 +163,6 @@ def move_in(told: Path, version: Path) -> None:
 
 
 def steps_told(root: Path) -> set[str]:
-    """The numbers of the steps whose states transcripts below a workspace keep, as they write them: names of no row."""
+    """What transcripts below a workspace call the steps and the stage that they keep: names of no row."""
     names = {path.stem.removeprefix("checkpoint-") for path in root.glob(f"models/*/*/{TRANSCRIPT}/**/checkpoint-*")}
-    return names | {str(int(name)) for name in names if name.isdecimal()}
+    return names | {str(int(name)) for name in names if name.isdecimal()} | ({SHARD} if names else set())
