@@ -6,7 +6,7 @@ screening, model and data, as an insider would, and searches for the most harm t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, product
 from typing import Any, Protocol
@@ -172,7 +172,8 @@ class Evading:
         while waiting and filed < self.budget and oracle.left >= self.confirm and failures < 3:
             rows = waiting[: min(size, self.budget - filed)]
             waiting = waiting[len(rows) :]
-            kept, filler = oracle.thinned(wares, rows, round(cover * len(rows)), quiet)
+            filler = list(islice(quiet, round(cover * len(rows))))
+            kept = oracle.thinned(wares, rows, filler)
             failures = 0 if kept else failures + 1
             if kept:
                 passed.append(wares.request(kept + filler))
@@ -195,22 +196,14 @@ class _Oracle:
     def left(self) -> int:
         return self.attack.queries - self.asked
 
-    def thinned(self, wares: Wares, rows: list[str], cover: int, quiet: Iterator[str]) -> tuple[list[str], list[str]]:
-        """The rows that pass, and their cover: all rows, or those left when the most suspicious half goes, and again.
-
-        Cover comes in the place of those that go: so the request stays as large as it is, and a screening, which
-        calibrates itself for each size, is asked about few of them.
-        """
-        filler = list(islice(quiet, cover))
+    def thinned(self, wares: Wares, rows: list[str], filler: list[str]) -> list[str]:
+        """The rows that pass with their cover: all, or those left when the most suspicious half goes, and again."""
         while rows and self.left >= self.attack.confirm:
             suspicion = self._suspicion(wares.request(rows + filler))
             if suspicion is None:
-                return rows, filler
-            places = {name: place for place, name in enumerate(rows)}
-            kept = sorted(rows, key=lambda name: (suspicion.get(name, 0.0), places[name]))[: len(rows) // 2]
-            filler += islice(quiet, len(rows) - len(kept))
-            rows = kept
-        return [], []
+                return rows
+            rows = sorted(rows, key=lambda name: (suspicion.get(name, 0.0), rows.index(name)))[: len(rows) // 2]
+        return []
 
     def _suspicion(self, request: Request) -> dict[str, float] | None:
         """None if the request passes every time; else how suspicious each row is, by its worst rank in any screen."""
