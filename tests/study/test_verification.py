@@ -15,7 +15,7 @@ from expunge.attack.providers import HonestRetrain
 from expunge.attack.providers_hiding import near_copies
 from expunge.core.errors import Misuse, Unsupported
 from expunge.core.protocols import Verdict
-from expunge.report.verification import matrix_grid, verification_report, worth_grid
+from expunge.report.verification import matrix_grid, verdict, verification_report, worth_grid
 from expunge.study.verification import verification
 from expunge.study.verification_checks import NearCopies, ServedAlike, chance_of_near
 from expunge.study.verification_ground import Terms
@@ -179,7 +179,9 @@ def test_a_provider_that_cannot_work_is_said_so_and_is_no_catch():
     cell = found.cell("shy", "replay")
     assert (cell.untried, cell.tried, cell.why) == (1, 0, "Unsupported: not with me")
     assert found.caught_by("shy") == ()
-    assert matrix_grid(found).rows[0][1] == "not tried"
+    assert matrix_grid(found).rows[0][1:] == ("not tried", "(not tried)")
+    assert (found.untried, found.uncaught) == (("shy",), ())
+    assert verdict(found).endswith("Not tried: shy (Unsupported: not with me).")
 
 
 def test_what_cannot_be_meant_is_refused():

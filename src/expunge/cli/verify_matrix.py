@@ -64,7 +64,8 @@ def matrix(
     """Let every verifier look at every way to cheat, on your data and model.
 
     Says who is caught by whom, who by nobody, and how often honest providers are accused. Exit code 1 if an honest
-    provider was accused, or a cheat came past every verifier. Forging needs plain SGD.
+    provider was accused, or a cheat came past every verifier. Training is by plain SGD at a rate of .1, which forging
+    needs, unless --recipe or --lr say otherwise.
 
     \b
     Examples:
@@ -82,7 +83,8 @@ def matrix(
     unknown = [name for name in _names(providers) if name not in PROVIDERS]
     if unknown:
         raise Misuse(f'--providers are {"; ".join(PROVIDERS)}, got "{unknown[0]}"')
-    asked = {"model": model, "epochs": epochs, "batch_size": batch_size}
+    plain = None if recipe is not None else {"lr": 0.1}  # forging needs it
+    asked = {"model": model, "epochs": epochs, "batch_size": batch_size, "optimiser_args": plain}
     some = records if rows is None else some_owners(records, rows, generator(seed))
     with progress(quiet or as_json) as show:
         found = verification(

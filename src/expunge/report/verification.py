@@ -46,6 +46,8 @@ def _row(found: Matrix, provider: str) -> tuple[str, ...]:
 
 def _caught_by(found: Matrix, provider: str) -> str:
     names = found.caught_by(provider)
+    if provider in found.untried:
+        return "(not tried)"
     if found.escapes(provider):
         return f"NOBODY in {found.escapes(provider)} of {found.seeds}"
     if not names:
@@ -116,6 +118,8 @@ def verdict(found: Matrix) -> str:
             told.append(f"By nothing but {name} is caught: {_and(alone)}.")
     if found.uncaught:
         told.append(f"BY NOBODY in some seed: {_and(found.uncaught)}.")
+    for who in found.untried:
+        told.append(f"Not tried: {who} ({found.cell(who, found.verifiers[0]).why}).")
     useless = [f"{name} {found.worth(name)}" for name in found.verifiers if found.worth(name) != "fine"]
     if useless:
         told.append(f"Of no use here: {_and(useless)}.")

@@ -246,14 +246,18 @@ class Matrix:
         return tuple(name for name, one in cells.items() if one.tried and one.caught == one.tried)
 
     def escapes(self, provider: str) -> int:
-        """Seeds in which no verifier caught this provider."""
-        return sum(
-            all(one["outcome"] != "fail" for one in self.rows[seed, provider].values()) for seed in range(self.seeds)
-        )
+        """Seeds in which some verifier tried this provider, and none caught it."""
+        told = [{one["outcome"] for one in self.rows[seed, provider].values()} for seed in range(self.seeds)]
+        return sum(outcomes != {"not tried"} and "fail" not in outcomes for outcomes in told)
+
+    @property
+    def untried(self) -> tuple[str, ...]:
+        """Cheats that were never tried, as this recipe or these rows do not allow them."""
+        return tuple(who for who in self.cheats if not any(self.cell(who, name).tried for name in self.verifiers))
 
     @property
     def uncaught(self) -> tuple[str, ...]:
-        """Cheats that no verifier caught, in some seed."""
+        """Cheats that were tried, and that no verifier caught, in some seed."""
         return tuple(name for name in self.cheats if self.escapes(name))
 
     def accusations(self, verifiers: Sequence[str] | None = None) -> Estimate | None:
@@ -276,7 +280,7 @@ class Matrix:
 
     @property
     def sound(self) -> bool:
-        """No honest provider was accused, and each cheat was caught by somebody in every seed."""
+        """No honest provider was accused, and each cheat was caught by somebody in every seed that it was tried in."""
         wrong = self.accusations()
         return not self.uncaught and (wrong is None or wrong.value == 0)
 
@@ -289,6 +293,7 @@ class Matrix:
             "cells": {who: {name: asdict(self.cell(who, name)) for name in self.verifiers} for who in self.providers},
             "caught_by": {who: list(self.caught_by(who)) for who in self.cheats},
             "uncaught": list(self.uncaught),
+            "untried": list(self.untried),
             "accusations": None if wrong is None else wrong.to_json(),
             "worth": {name: self.worth(name) for name in self.verifiers},
             "sound": self.sound,
