@@ -129,6 +129,11 @@ def test_shards_are_verified_one_by_one(expunge, told):
     data = json.loads(said.out)
     assert (said.code, len(data["verdicts"]), set(data["commitment"])) == (0, 14, {"0", "1"})
     assert data["verdicts"][0]["check"] == "shard 0, contract"
+    assert re.search(
+        r"(?m)^accepted; commitment [0-9a-f]{64} of shard 0, [0-9a-f]{64} of shard 1$", expunge(*words).out
+    )
+    said = expunge("verify", "transcript", "parts", *DATA, *AGREED)
+    assert (said.code, "agreed recipe has no shards; give the one with shards" in said.err) == (2, True)
     assert expunge(*words, "--committed", "ab").code == 2
     for name in ("part-0", "part-one", "part-0001.bak", "notes.txt"):
         shutil.copytree(told / "parts" / "part-0000", told / "parts" / name)

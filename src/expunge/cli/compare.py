@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 import typer
 
-from expunge.cli.inputs import METHODS, allow_named_code, make_recipe, named_method, read_records
+from expunge.cli.inputs import METHODS, allow_named_code, make_recipe, named_method, read_held_out, read_records
 from expunge.cli.options import (
     AllowCode,
     BatchSize,
@@ -169,7 +169,7 @@ class _Source:
             if not len(held_out) or not len(rest):
                 raise Misuse(f"--holdout {holdout} leaves no row on one side; choose another share")
             return rest, held_out
-        return records, own if test is None else read_records(test, *self.columns)[0]
+        return records, own if test is None else read_held_out(test, *self.columns)
 
 
 def _refuse_held_out(wanted: Sequence[Scenario], held_out: Records | None) -> None:

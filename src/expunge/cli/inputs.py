@@ -115,6 +115,19 @@ def read_records(
     return datasets.load_records(data, **options), None
 
 
+def read_held_out(test: str, *columns_of: Any) -> Records:
+    """What `--test` names: a named set's test rows, never those that are trained on, or all rows of the user's files.
+
+    The other arguments are those of `read_records`. Misuse for a named set that has no test rows.
+    """
+    rows, own = read_records(test, *columns_of)
+    if test not in datasets.names():
+        return rows
+    if own is None:
+        raise Misuse(f"{test} brings no test rows; give a file of rows that nobody trained on: --test")
+    return own
+
+
 def _json_object(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

@@ -79,7 +79,7 @@ def methods(
         print(_page(found))
     else:
         for about in found:
-            print(f"{about['method']:<26} claims at most: {about['claim']:<6} needs: {', '.join(about['needs'])}")
+            print(f"{about['method']:<26} claims at most: {about['claim']:<9} needs: {', '.join(about['needs'])}")
             print(f"{'':<26} settings: {_settings(about)}")
             print(f"{'':<26} not guaranteed: {about['not_guaranteed']}\n")
 

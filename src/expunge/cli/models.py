@@ -17,6 +17,7 @@ from expunge.cli.inputs import (
     make_method,
     make_recipe,
     make_request,
+    read_held_out,
     read_records,
     refuse_existing,
 )
@@ -232,7 +233,7 @@ def evaluate(
     columns_of = (id_column, owner_column, label_column, classes, columns, owners)
     records, held_out = read_records(data, *columns_of)
     if test is not None:
-        held_out = read_records(test, *columns_of)[0]
+        held_out = read_held_out(test, *columns_of)
     with progress(quiet or as_json) as show:
         answer = compare(first, second, records, held_out, retrain=retrain, report=show)
     if as_json:

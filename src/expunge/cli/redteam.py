@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from expunge.cli.inputs import load_model, make_method, read_records
+from expunge.cli.inputs import load_model, make_method, read_held_out, read_records
 from expunge.cli.options import (
     AllowCode,
     Classes,
@@ -200,7 +200,7 @@ def _rows(
     """All rows of the data, and rows that the model was not trained on."""
     records, own = read_records(data, *columns)
     if test is not None:
-        strangers = read_records(test, *columns)[0]
+        strangers = read_held_out(test, *columns)
     elif own is not None:
         strangers = own
     else:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from torch import Generator
 
-from expunge.cli.inputs import load_model, make_request, read_records
+from expunge.cli.inputs import load_model, make_request, read_held_out, read_records
 from expunge.cli.options import (
     AllowCode,
     Classes,
@@ -105,7 +105,8 @@ def transcript(
     if audit and gone is not None:
         verdicts.append(NearCopies()(stays, gone, rng=generator(0)))
     fine = accepted(tuple(verdicts))
-    text = "\n".join(map(str, verdicts)) + f"\n\n{'accepted' if fine else 'NOT accepted'}; commitment {commitment}"
+    of = commitment if isinstance(commitment, str) else ", ".join(f"{it} of shard {i}" for i, it in commitment.items())
+    text = "\n".join(map(str, verdicts)) + f"\n\n{'accepted' if fine else 'NOT accepted'}; commitment {of}"
     told = {"accepted": fine, "commitment": commitment, "verdicts": [one.to_json() for one in verdicts]}
     say(as_json, told, text)
     return 0 if fine else 1
@@ -204,7 +205,7 @@ def _fresh() -> Generator:
 
 def _queries(data: str, test: str | None, columns_of: Sequence[Any]) -> Records:
     if test is not None:
-        return read_records(test, *columns_of)[0]
+        return read_held_out(test, *columns_of)
     own = read_records(data, *columns_of)[1]
     if own is None:
         raise Misuse("queries are rows that nobody trained on, and the data brings none; give some: --test")

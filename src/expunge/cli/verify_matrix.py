@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from expunge.cli.inputs import make_recipe, read_records
+from expunge.cli.inputs import make_recipe, read_held_out, read_records
 from expunge.cli.options import (
     BatchSize,
     Classes,
@@ -77,7 +77,7 @@ def matrix(
         raise Misuse(f"{out} {what}, or name another folder")
     columns_of = (id_column, owner_column, label_column, classes, columns, owners)
     records, held_out = read_records(data, *columns_of)
-    queries = held_out if test is None else read_records(test, *columns_of)[0]
+    queries = held_out if test is None else read_held_out(test, *columns_of)
     if queries is None:
         raise Misuse("verifiers ask about rows that nobody trains on, and the data brings none; give some: --test")
     unknown = [name for name in _names(providers) if name not in PROVIDERS]

@@ -119,7 +119,9 @@ class Evidence:
         if contract.stage != self.stage:
             faults.append(f"stage is {contract.stage:.60}, agreed {self.stage}")
         if contract.rows != len(self.records):
-            faults.append(f"it trains on {contract.rows:,} rows, {len(self.records):,} stay")
+            faults.append(
+                f"it trains on {contract.rows:,} rows, but {len(self.records):,} stay without those named as forgotten"
+            )
         return faults + self._coin_faults()
 
     def _coin_faults(self) -> list[str]:

@@ -254,7 +254,7 @@ def replay_shards(
     recipe = verify.agreed.completed(records)
     recipe = recipe if verify.coin is None else verify.coin.recipe(recipe)
     if recipe.sharding is None:
-        raise Misuse("the agreed recipe has no shards; use Replay itself")
+        raise Misuse("the agreed recipe has no shards; give the one with shards, or one transcript to replay by itself")
     shards = shards_of(records, recipe.sharding)
     strange = sorted(set(transcripts) - set(range(len(shards))))
     if strange:
