@@ -69,7 +69,7 @@ def matrix(
 
     \b
     Examples:
-      expunge verify matrix --data mnist --rows 3000 --model mlp --epochs 3 --seeds 5 --out matrix
+      expunge verify matrix --data mnist --rows 3000 --epochs 3 --batch-size 32 --seeds 5 --out matrix
     """
     begun = (out / "study.json").is_file()
     if begun != resume:

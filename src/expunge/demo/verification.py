@@ -42,7 +42,8 @@ def tell_verify(story: Story) -> Chapter:
         terms=Terms(asked=50),
         rng=coins,
     )
-    told = verification_chapter(found, f"expunge verify matrix --data mnist --rows {ROWS} --epochs 3 --out matrix")
+    again = f"expunge verify matrix --data mnist --rows {ROWS} --epochs 3 --batch-size 32 --out matrix"
+    told = verification_chapter(found, again)
     accused = found.accusations()
     # A cheat that comes past everybody is a finding; an honest provider that is accused is a fault.
     sound = accused is not None and accused.value == 0
