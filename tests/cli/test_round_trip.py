@@ -174,7 +174,8 @@ def test_methods(ask, expunge):
     assert [about["method"] for about in found] == list(METHODS)
     assert {about["method"] for about in found if about["claim"] == "exact"} == {"retrain", "sisa"}
     keys = {"method", "claim", "needs", "settings", "source", "not_guaranteed", "class", "what", "cost", "choices"}
-    assert all(set(about) == keys and about["not_guaranteed"] for about in found)
+    assert all(set(about) == {*keys, "learns_new"} and about["not_guaranteed"] for about in found)
+    assert {about["method"] for about in found if not about["learns_new"]} >= {"gradient-ascent", "boundary-shrink"}
     said = expunge("methods")
     assert all(about["not_guaranteed"] in said.out for about in found)
 

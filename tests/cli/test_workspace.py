@@ -286,7 +286,8 @@ def test_the_list_is_chosen_by_state_and_model(ask, expunge, ws):
 def test_one_request_is_shown_with_its_events_and_what_comes_next(ask, expunge, ws):
     request = ask("request", "churn", "--id", "r-1", "--id", "r-2", "--unverified")["id"]
     found = ask("status", request)
-    assert set(found) == {*FILED, "events", "next"}
+    assert set(found) == {*FILED, "events", "next", "screened"}
+    assert found["screened"] is None
     assert [event["kind"] for event in found["events"]] == ["received"]
     assert found["next"].endswith(f"expunge identify {request}")
     assert "asked   remove r-1, r-2\n" in expunge("status", request, "--workspace", ws).out
