@@ -681,7 +681,7 @@ def test_every_command_of_the_guide_parses(expunge):
     text = re.sub(r"\\\n\s+", "", (ROOT / "docs" / "workspace.md").read_text())
     inline = [re.sub(r"\s+", " ", found) for found in re.findall(r"`(expunge [a-z][^`]+)`", text)]
     found = [line for line in commands_in(text) + inline if line.startswith("expunge ")]
-    assert {line.split()[1] for line in found} == {*VERBS, "verify"}
+    assert {line.split()[1] for line in found} == {*VERBS, "verify", "train"}
     for line in found:
         if len(line.split()) > 2 and "--help" not in line:  # others are mentioned only
             parse(line)
