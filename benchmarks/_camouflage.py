@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,47 +33,47 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def search(recipe: Recipe, kept: Path, results: Path) -> dict[str, Any]:
-    """40 settings on 5 targets each, by exact retraining at one seed; the best on 30 other targets at 3 seeds.
+class Search:
+    """Trials of settings on targets of Adult; each is kept at once, so that the same call goes on after a break."""
 
-    The score of a trial is the margin of the attack less that of a removal of as many nearest neighbours. Every trial
-    is kept in `kept` at once, so that the same call goes on after a break.
-    """
-    data = datasets.adult()
-    assert data.test is not None
-    trained = train(recipe, data.train)
-    aims = pick_targets(trained, data.test, TARGETS + FRESH, rng=child(generator(SEED), "targets"))
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    trials = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    done = {(one["part"], one["setting"], one["target"]): one for one in trials}
+    def __init__(self, recipe: Recipe, kept: Path) -> None:
+        """Train the model under attack, draw the targets, and read what was tried before."""
+        data = datasets.adult()
+        assert data.test is not None
+        self.recipe, self.kept, self.rows, self.test = recipe, kept, data.train, data.test
+        self.trained = train(recipe, data.train)
+        self.aims = pick_targets(self.trained, self.test, TARGETS + FRESH, rng=child(generator(SEED), "targets"))
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        trials = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+        self.done = {(one["part"], one["setting"], one["target"]): one for one in trials}
 
-    def tried(part: str, number: int, settings: dict[str, Any], aim: int, seeds: int) -> dict[str, Any]:
+    def tried(self, part: str, number: int, settings: dict[str, Any], aim: int, seeds: int) -> dict[str, Any]:
+        """One setting on one target, and its gain: its margin less that of removing as many nearest neighbours."""
         key = (part, number, aim)
-        if key not in done:
-            judge = Judge(
-                trained=trained, records=data.train, test=data.test, through=InfluenceUnlearning(), seeds=seeds
-            )
-            found = _trial(judge, _attack(settings, recipe), aims[aim], aim, child(generator(SEED), part, number, aim))
-            done[key] = {
-                "part": part,
-                "setting": number,
-                "target": aim,
-                "gain": found.margin("retrain", "attack") - found.margin("retrain", "neighbours"),
-                "tried": found.to_json(),
-            }
-            with kept.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(done[key]) + "\n")
-            print(f"{part} {number} target {aim}: {done[key]['gain']:+.3f} {settings}", flush=True)
-        return done[key]
+        if key not in self.done:
+            through = InfluenceUnlearning()
+            judge = Judge(trained=self.trained, records=self.rows, test=self.test, through=through, seeds=seeds)
+            attack, rng = _attack(settings, self.recipe), child(generator(SEED), part, number, aim)
+            found = _trial(judge, attack, self.aims[aim], aim, rng)
+            gain = found.margin("retrain", "attack") - found.margin("retrain", "neighbours")
+            one = {"part": part, "setting": number, "target": aim, "gain": gain, "tried": found.to_json()}
+            with self.kept.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(one) + "\n")
+            print(f"{part} {number} target {aim}: {gain:+.3f} {settings}", flush=True)
+            self.done[key] = one
+        return self.done[key]
 
-    drawn = list(islice(_settings(), SETTINGS))
+
+def search(recipe: Recipe, kept: Path, results: Path) -> dict[str, Any]:
+    """40 settings on 5 targets each, by exact retraining at one seed; the best on 30 other targets at 3 seeds."""
+    trials, drawn = Search(recipe, kept), list(islice(_settings(), SETTINGS))
     scores = [
-        [tried("search", number, settings, aim, 1)["gain"] for aim in range(TARGETS)]
+        [trials.tried("search", number, settings, aim, 1)["gain"] for aim in range(TARGETS)]
         for number, settings in enumerate(drawn)
     ]
     means = [sum(some) / TARGETS for some in scores]
     best = max(range(SETTINGS), key=lambda number: means[number])
-    fresh = [tried("winner", best, drawn[best], aim, SEEDS) for aim in range(TARGETS, TARGETS + FRESH)]
+    fresh = [trials.tried("winner", best, drawn[best], aim, SEEDS) for aim in range(TARGETS, TARGETS + FRESH)]
     measured = Measured(tried=tuple(Tried.from_json(one["tried"]) for one in fresh))
     found = {
         "rows": ROWS,
@@ -94,7 +94,7 @@ def search(recipe: Recipe, kept: Path, results: Path) -> dict[str, Any]:
     return found
 
 
-def _settings() -> Any:
+def _settings() -> Iterator[dict[str, Any]]:
     """All different, drawn at random."""
     coins, seen = random.Random(SEED), set()
     while True:
@@ -113,7 +113,7 @@ def _attack(settings: dict[str, Any], recipe: Recipe) -> Camouflage:
 
 def _trial(judge: Judge, attack: Camouflage, target: Target, number: int, rng: torch.Generator) -> Tried:
     attempt = judge.attempt(attack, target, rng=child(rng, "attempt"))
-    outcomes: Sequence[Any] = judge.measure(attempt, rng=child(rng, "measure"))
+    outcomes = judge.measure(attempt, rng=child(rng, "measure"))
     return Tried(
         attack="camouflage",
         target=number,
@@ -122,5 +122,5 @@ def _trial(judge: Judge, attack: Camouflage, target: Target, number: int, rng: t
         requests=len(attempt.requests),
         brought=len(attempt.brought),
         seconds=attempt.seconds,
-        outcomes=tuple(outcomes),
+        outcomes=outcomes,
     )
